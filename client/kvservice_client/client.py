@@ -1,0 +1,529 @@
+"""What an engine holds: one client per namespace, attached for as long as a daemon is there.
+
+The facade (lookup, load, save, prefetch) never raises for a failure of the service: that is a
+miss with a reason. A thread of its own attaches, follows the daemon, and attaches again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvservice_client.errors import (
+    DaemonUnreachable,
+    ForkedClient,
+    InvalidRequest,
+    KVServiceError,
+    LayoutMismatch,
+    PermissionDenied,
+    Unauthenticated,
+)
+from kvservice_client.holds import Lease, Reservation
+from kvservice_client.link import Link
+from kvservice_client.memory import Buffers, Copy, ThreadedCopier
+from kvservice_client.outcomes import (
+    Committed,
+    ForgetResult,
+    LoadResult,
+    LookupResult,
+    PrefetchResult,
+    Reason,
+    SaveResult,
+    Status,
+    reason_of,
+)
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 10.0
+_LOOKUP_TIMEOUT_S = 2.0
+_BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.1, 5.0
+_SAVE_PIECE_BYTES = 256 * 1024 * 1024  # reservations stay short, and a full arena still takes a prefix
+
+_REFUSALS = (InvalidRequest, LayoutMismatch, PermissionDenied, Unauthenticated)
+
+_MISS_REASONS = {
+    pb.MISS_REASON_UNSPECIFIED: Reason.OK,
+    pb.MISS_REASON_NOT_HELD: Reason.NOT_HELD,
+    pb.MISS_REASON_BEING_WRITTEN: Reason.BEING_WRITTEN,
+    pb.MISS_REASON_PREFIX_MISSING: Reason.NOT_HELD,
+    pb.MISS_REASON_CORRUPT: Reason.CORRUPT,
+    pb.MISS_REASON_TIER_OFFLINE: Reason.TIER_OFFLINE,
+    pb.MISS_REASON_OVER_LIMIT: Reason.OVER_LIMIT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What makes bytes incompatible, as `fingerprint`; and the sizes its engines must agree on.
+
+    Attributes:
+        fingerprint: 16 to 64 bytes; a digest of model, revision, dtype, layout, parallel rank,
+            cache group, the engine's block format and a salt.
+        label: for people.
+        block_size_bytes: all layers' bytes of one block.
+        tokens_per_block: tokens that a block spans.
+        hash_size_bytes: 8 to 64.
+    """
+
+    fingerprint: bytes
+    label: str
+    block_size_bytes: int
+    tokens_per_block: int
+    hash_size_bytes: int = 32
+
+    def to_message(self) -> pb.Namespace:
+        """As the contract carries it."""
+        return pb.Namespace(
+            fingerprint=self.fingerprint,
+            label=self.label,
+            block_size_bytes=self.block_size_bytes,
+            tokens_per_block=self.tokens_per_block,
+            hash_size_bytes=self.hash_size_bytes,
+        )
+
+
+def default_socket_dir() -> str:
+    """$KVSERVICE_SOCKET_DIR, else $XDG_RUNTIME_DIR/kvservice, else /run/kvservice."""
+    named = os.environ.get("KVSERVICE_SOCKET_DIR")
+    if named:
+        return named
+    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
+    return os.path.join(runtime_dir, "kvservice") if runtime_dir else "/run/kvservice"
+
+
+def attach(
+    namespace: Namespace,
+    *,
+    socket_dir: str | None = None,
+    instance_name: str = "",
+    attach_timeout_s: float = 5.0,
+    copy_threads: int | None = None,
+) -> Client:
+    """A client for that namespace, attached if a daemon answered within the timeout.
+
+    Args:
+        socket_dir: the daemon's directory; None: `default_socket_dir()`.
+        instance_name: for people, in `kvservice top`; default: the process id.
+        attach_timeout_s: how long to wait for the first attachment. Without a daemon the client
+            goes on trying in the background, and everything is a miss meanwhile.
+        copy_threads: threads per copy; None: up to 4.
+
+    Raises:
+        InvalidRequest, LayoutMismatch, PermissionDenied, Unauthenticated: the daemon said no.
+    """
+    client = Client(
+        namespace,
+        socket_dir=socket_dir or default_socket_dir(),
+        instance_name=instance_name or f"pid {os.getpid()}",
+        copy_threads=copy_threads or min(4, os.cpu_count() or 1),
+    )
+    client.wait_attached(attach_timeout_s)
+    if client.refusal is not None:
+        client.close()
+        raise client.refusal
+    return client
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+class Client:
+    """One namespace of one engine process. Thread-safe; made by `attach`."""
+
+    def __init__(self, namespace: Namespace, *, socket_dir: str, instance_name: str, copy_threads: int) -> None:
+        self.namespace = namespace
+        self.socket_dir = socket_dir
+        self.refusal: KVServiceError | None = None
+        self._instance_name = instance_name
+        self._copier = ThreadedCopier(threads=copy_threads)
+        self._link: Link | None = None
+        self._is_closed = False
+        self._is_forked = False
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._stay_attached, name="kvservice-attach", daemon=True)
+        _clients.add(self)
+        self._thread.start()
+
+    # ------------------------------------------------------------------- status
+
+    @property
+    def status(self) -> Status:
+        """How this client stands with its daemon."""
+        if self._is_forked:
+            return Status.FORKED
+        if self._is_closed:
+            return Status.CLOSED
+        if self.attached:
+            return Status.ATTACHED
+        return Status.REFUSED if self.refusal is not None else Status.RECONNECTING
+
+    @property
+    def attached(self) -> bool:
+        """Whether calls can reach a daemon now."""
+        link = self._link
+        return link is not None and not link.is_over and not self._is_forked and not self._is_closed
+
+    def wait_attached(self, timeout_s: float) -> bool:
+        """Wait for an attachment or a refusal; whether it is attached now."""
+        if not self._is_forked:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self.attached or self.refusal is not None or self._is_closed, timeout_s
+                )
+        return self.attached
+
+    def close(self) -> None:
+        """Detach. Leases and reservations end; calls in progress finish. May be called twice."""
+        if self._is_closed or self._is_forked:
+            return
+        self._is_closed = True
+        self._stop.set()
+        link = self._link
+        if link is not None:
+            link.end()
+        self._thread.join(timeout=_CALL_TIMEOUT_S)
+        self._copier.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------- facade
+
+    def lookup(self, hashes: Sequence[bytes], *, deadline_s: float = _LOOKUP_TIMEOUT_S) -> LookupResult:
+        """How many leading blocks of the chain are held. No side effect.
+
+        Raises:
+            InvalidRequest: the hashes are malformed or too many.
+        """
+        if not hashes:
+            return LookupResult()
+        try:
+            link = self._require_link()
+            request = pb.LookupRequest(namespace_id=self._namespace_id(link), hashes=self._pack(hashes))
+            response = link.call(link.stub.Lookup, request, deadline_s)
+        except InvalidRequest:
+            raise
+        except KVServiceError as error:
+            return LookupResult(reason=self._reason(error))
+        in_dram = next((run.blocks for run in response.runs if run.held == pb.TIER_DRAM), 0)
+        miss = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
+        return LookupResult(response.hit_blocks, in_dram, _MISS_REASONS.get(miss, Reason.NOT_HELD))
+
+    def load(
+        self,
+        hashes: Sequence[bytes],
+        destination: Any,
+        *,
+        session_id: str = "",
+        request_id: str = "",
+        deadline_s: float = _CALL_TIMEOUT_S,
+    ) -> LoadResult:
+        """Copy the longest held prefix into the caller's memory. Blocks.
+
+        Args:
+            hashes: chain of n hashes, root first.
+            destination: one writable C-contiguous buffer of n blocks, or n buffers of one block
+                each: anything with the buffer protocol, a torch CPU tensor, or Memory.
+
+        Returns:
+            How many leading blocks are in the destination and verified to be theirs.
+
+        Raises:
+            InvalidRequest: the hashes or the destination do not fit.
+        """
+        if not hashes:
+            return LoadResult()
+        size = self.namespace.block_size_bytes
+        with Buffers(destination, blocks=len(hashes), block_size_bytes=size, writable=True) as buffers:
+            try:
+                with self.get(hashes, session_id=session_id, request_id=request_id, deadline_s=deadline_s) as lease:
+                    self._copier.copy(
+                        [
+                            Copy(address, view.address, size)
+                            for address, view in zip(buffers.addresses, lease.blocks, strict=False)
+                        ]
+                    )
+                    valid = lease.valid_prefix()
+                    if valid < len(lease.blocks):
+                        return LoadResult(valid, Reason.CHANGED)
+                    return LoadResult(valid, _MISS_REASONS.get(lease.miss, Reason.NOT_HELD))
+            except InvalidRequest:
+                raise
+            except KVServiceError as error:
+                return LoadResult(reason=self._reason(error))
+
+    def save(
+        self,
+        hashes: Sequence[bytes],
+        source: Any,
+        *,
+        parent: bytes = b"",
+        session_id: str = "",
+        request_id: str = "",
+        deadline_s: float = _CALL_TIMEOUT_S,
+    ) -> SaveResult:
+        """Store blocks that are not held yet; readable by others when this returns. Blocks.
+
+        Args:
+            hashes: chain of n hashes behind `parent`.
+            source: like the destination of `load`; may be read-only.
+            parent: hash of the block before the first; b"" where the chain starts.
+
+        Raises:
+            InvalidRequest: the hashes or the source do not fit.
+        """
+        size = self.namespace.block_size_bytes
+        at_once = max(1, _SAVE_PIECE_BYTES // size)
+        result = SaveResult()
+        ends_at_s = time.monotonic() + deadline_s
+        with Buffers(source, blocks=len(hashes), block_size_bytes=size, writable=False) as buffers:
+            for start in range(0, len(hashes), at_once):
+                piece = hashes[start : start + at_once]
+                before = hashes[start - 1] if start else parent
+                try:
+                    with self.put(
+                        piece,
+                        parent=before,
+                        session_id=session_id,
+                        request_id=request_id,
+                        deadline_s=ends_at_s - time.monotonic(),
+                    ) as reservation:
+                        result = _add(result, self._fill(reservation, buffers.addresses[start:], ends_at_s))
+                except InvalidRequest:
+                    raise
+                except KVServiceError as error:
+                    return _refuse_rest(result, len(hashes), self._reason(error))
+                if reservation.refused:
+                    return _refuse_rest(result, len(hashes), Reason.PARENT_MISSING)
+        return result
+
+    def prefetch(
+        self, hashes: Sequence[bytes], *, session_id: str = "", request_id: str = ""
+    ) -> PrefetchResult:
+        """Bring blocks closer without waiting for them.
+
+        Raises:
+            InvalidRequest: the hashes are malformed or too many.
+        """
+        if not hashes:
+            return PrefetchResult()
+        try:
+            link = self._require_link()
+            request = pb.PrefetchRequest(
+                namespace_id=self._namespace_id(link),
+                hashes=self._pack(hashes),
+                session_id=session_id,
+                request_id=request_id,
+            )
+            response = link.call(link.stub.Prefetch, request, _LOOKUP_TIMEOUT_S)
+        except InvalidRequest:
+            raise
+        except KVServiceError as error:
+            return PrefetchResult(reason=self._reason(error))
+        in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
+        started = sum(run.blocks for run in response.runs if run.WhichOneof("outcome") == "started")
+        return PrefetchResult(in_dram, started)
+
+    def release(self, request_id: str) -> None:
+        """End every lease and reservation of a request. Never raises for a service failure."""
+        try:
+            link = self._require_link()
+            link.call(link.stub.Release, pb.ReleaseRequest(request_id=request_id), _CALL_TIMEOUT_S)
+        except InvalidRequest:
+            raise
+        except KVServiceError:
+            return  # the attachment is gone, and with it what the request held
+
+    # -------------------------------------------------------------- lower level
+
+    def get(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        session_id: str = "",
+        request_id: str = "",
+        lease_s: float = 0.0,
+        max_blocks: int = 0,
+        deadline_s: float = _CALL_TIMEOUT_S,
+    ) -> Lease:
+        """Lease the longest held prefix, to read it in place.
+
+        Args:
+            lease_s: how long; 0.0: the daemon's default.
+            max_blocks: at most so many; 0: all.
+
+        Raises:
+            KVServiceError: see the module `errors`.
+        """
+        link = self._require_link()
+        request = pb.GetRequest(
+            namespace_id=self._namespace_id(link),
+            hashes=self._pack(hashes),
+            session_id=session_id,
+            request_id=request_id,
+            lease_ms=int(lease_s * 1000),
+            max_blocks=max_blocks,
+        )
+        return Lease(link, link.get(request, deadline_s), block_size_bytes=self.namespace.block_size_bytes)
+
+    def put(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        parent: bytes = b"",
+        session_id: str = "",
+        request_id: str = "",
+        lease_s: float = 0.0,
+        deadline_s: float = _CALL_TIMEOUT_S,
+    ) -> Reservation:
+        """Reserve the blocks that are not held yet, to write them in place and commit.
+
+        Raises:
+            KVServiceError: see the module `errors`.
+        """
+        link = self._require_link()
+        request = pb.PutRequest(
+            namespace_id=self._namespace_id(link),
+            parent=parent,
+            hashes=self._pack(hashes),
+            session_id=session_id,
+            request_id=request_id,
+            lease_ms=int(lease_s * 1000),
+        )
+        response = link.call(link.stub.Put, request, deadline_s)
+        return Reservation(link, response, block_size_bytes=self.namespace.block_size_bytes)
+
+    def forget_session(self, session_id: str) -> ForgetResult:
+        """Drop the blocks that only this session needs. Raises KVServiceError."""
+        return self._forget(pb.ForgetRequest(session_id=session_id))
+
+    def forget_namespace(self) -> ForgetResult:
+        """Drop every block of the namespace. Raises KVServiceError."""
+        return self._forget(pb.ForgetRequest(whole_namespace=pb.WholeNamespace()))
+
+    def explain(self, block_hash: bytes) -> list[pb.Explanation]:
+        """Why a hash is a hit or a miss in this namespace. Raises KVServiceError."""
+        link = self._require_link()
+        request = pb.ExplainRequest(hash=block_hash, fingerprint=self.namespace.fingerprint)
+        return list(link.call(link.stub.Explain, request, _CALL_TIMEOUT_S).explanations)
+
+    def stats(self) -> pb.StatsResponse:
+        """The daemon's state and this tenant's namespaces. Raises KVServiceError."""
+        link = self._require_link()
+        return link.call(link.stub.Stats, pb.StatsRequest(), _CALL_TIMEOUT_S)
+
+    # ---------------------------------------------------------------- privately
+
+    def _fill(self, reservation: Reservation, addresses: Sequence[int], ends_at_s: float) -> SaveResult:
+        size = self.namespace.block_size_bytes
+        pieces = [Copy(view.address, addresses[position], size) for position, view in reservation.reserved]
+        self._copier.copy(pieces)
+        remaining_s = max(0.1, ends_at_s - time.monotonic())
+        committed = reservation.commit(timeout_s=remaining_s) if pieces else []
+        dropped = sum(outcome is Committed.DROPPED for outcome in committed)
+        return SaveResult(
+            saved=len(committed) - dropped,
+            held=reservation.held,
+            being_written=reservation.being_written,
+            refused=reservation.refused + dropped,
+        )
+
+    def _forget(self, request: pb.ForgetRequest) -> ForgetResult:
+        link = self._require_link()
+        request.namespace_id = self._namespace_id(link)
+        response = link.call(link.stub.Forget, request, _CALL_TIMEOUT_S)
+        return ForgetResult(response.blocks_dropped, response.blocks_in_use)
+
+    def _pack(self, hashes: Sequence[bytes]) -> bytes:
+        packed = b"".join(hashes)
+        size = self.namespace.hash_size_bytes
+        # The total may come out right by accident, so every hash is looked at.
+        if len(packed) != size * len(hashes) or any(len(block_hash) != size for block_hash in hashes):
+            raise InvalidRequest(f"every hash of this namespace has {size} bytes")
+        return packed
+
+    def _namespace_id(self, link: Link) -> int:
+        return link.welcome.namespace_ids[0]
+
+    def _require_link(self) -> Link:
+        if self._is_forked:
+            raise ForkedClient("this client belongs to the parent process: attach again in the child")
+        link = self._link
+        if self._is_closed or link is None or link.is_over:
+            raise DaemonUnreachable("not attached to a daemon; the client goes on trying")
+        if not link.is_responsive:
+            raise DaemonUnreachable("the daemon has not been heard of for a while")
+        return link
+
+    def _reason(self, error: KVServiceError) -> Reason:
+        return Reason.CLOSED if self._is_closed else reason_of(error)
+
+    def _stay_attached(self) -> None:
+        backoff_s = _BACKOFF_S_MIN
+        while not self._stop.is_set():
+            try:
+                link = Link(
+                    self.socket_dir,
+                    [self.namespace.to_message()],
+                    instance_name=self._instance_name,
+                    timeout_s=_CALL_TIMEOUT_S,
+                )
+            except Exception as error:  # noqa: BLE001  # this thread is what heals the client: it must not die
+                if not isinstance(error, (KVServiceError, OSError)):
+                    _log.exception("attaching to %s failed in an unexpected way", self.socket_dir)
+                with self._changed:
+                    self.refusal = error if isinstance(error, _REFUSALS) else None
+                    self._changed.notify_all()
+                self._stop.wait(backoff_s)
+                backoff_s = min(2 * backoff_s, _BACKOFF_S_MAX)
+                continue
+            backoff_s = _BACKOFF_S_MIN
+            with self._changed:
+                self.refusal = None
+                self._link = link
+                self._changed.notify_all()
+            if self._stop.is_set():
+                link.end()
+            link.run()
+            with self._changed:
+                self._link = None
+                self._changed.notify_all()
+
+    def _disown_after_fork(self) -> None:
+        self._is_forked = True
+        if self._link is not None:
+            self._link.disown_after_fork()
+
+
+def _disown_all_after_fork() -> None:
+    for client in list(_clients):
+        client._disown_after_fork()
+
+
+os.register_at_fork(after_in_child=_disown_all_after_fork)
+
+
+def _add(one: SaveResult, other: SaveResult) -> SaveResult:
+    return SaveResult(
+        saved=one.saved + other.saved,
+        held=one.held + other.held,
+        being_written=one.being_written + other.being_written,
+        refused=one.refused + other.refused,
+    )
+
+
+def _refuse_rest(result: SaveResult, blocks: int, reason: Reason) -> SaveResult:
+    refused = blocks - result.saved - result.held - result.being_written
+    return SaveResult(result.saved, result.held, result.being_written, refused, reason)

@@ -1,0 +1,385 @@
+"""One attachment to one daemon: fd socket, token, gRPC channel, stream, mapped segments.
+
+A link never heals: when anything breaks it is *over*, and the client makes another. Its memory
+socket stays open until the last thread has stopped touching the mapped memory, because for the
+daemon that socket's hang-up means that nobody does any more.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+import grpc.experimental
+
+from kvservice_client.errors import (
+    DaemonUnreachable,
+    ForkedClient,
+    KVServiceError,
+    LeaseUnknown,
+    NamespaceUnknown,
+    Unauthenticated,
+    from_detail,
+    from_rpc,
+)
+from kvservice_client.memory import Segment
+from kvservice_proto.v1 import kvservice_pb2 as pb
+from kvservice_proto.v1 import kvservice_pb2_grpc
+
+CONTROL_SOCKET = "control.sock"
+MEMORY_SOCKET = "memory.sock"
+TOKEN_KEY = "kvservice-token-bin"
+PROTOCOL_VERSION_MIN = 1
+PROTOCOL_VERSION_MAX = 1
+
+_PING_INTERVAL_S = 2.0
+_UNRESPONSIVE_S = 3 * _PING_INTERVAL_S
+_HANDSHAKE_TIMEOUT_S = 10.0
+_MESSAGE_BYTES_MAX = 64 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+Response = TypeVar("Response")
+
+
+class MemorySocket:
+    """The second Unix socket: requests one at a time, from any thread."""
+
+    def __init__(self, socket_dir: str, *, timeout_s: float) -> None:
+        """Connect and shake hands.
+
+        Raises:
+            DaemonUnreachable: nothing listens there. PermissionDenied, Overloaded, Draining.
+        """
+        path = os.path.join(socket_dir, MEMORY_SOCKET)
+        self._lock = threading.Lock()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.connect(path)
+            hello = pb.SocketHello(
+                protocol_version_min=PROTOCOL_VERSION_MIN, protocol_version_max=PROTOCOL_VERSION_MAX
+            )
+            response, _ = self._exchange(pb.SocketRequest(hello=hello))
+        except OSError as error:
+            self._socket.close()
+            raise DaemonUnreachable(
+                f"no daemon answers at {path} ({error}); start one with `kvservice serve --socket-dir {socket_dir}`, "
+                "or name its directory"
+            ) from error
+        except KVServiceError:
+            self._socket.close()
+            raise
+        self.token = response.welcome.token
+
+    def segment(self, segment_id: int) -> Segment:
+        """Fetch and map a segment. Blocks.
+
+        Raises:
+            InvalidRequest: the daemon has no such segment for this process. OSError.
+        """
+        response, fds = self._exchange(pb.SocketRequest(segment=pb.SegmentRequest(segment_id=segment_id)))
+        grant = response.segment
+        if len(fds) != 2:
+            for descriptor in fds:
+                os.close(descriptor)
+            raise OSError(f"the daemon sent {len(fds)} descriptors for a segment, not 2")
+        return Segment(
+            segment_id, fds=fds, size_bytes=grant.size_bytes, stride_bytes=grant.slot_stride_bytes, slots=grant.slots
+        )
+
+    def close(self) -> None:
+        """Hang up: this process touches the daemon's memory no more."""
+        self._socket.close()
+
+    def _exchange(self, request: pb.SocketRequest) -> tuple[pb.SocketResponse, list[int]]:
+        body = request.SerializeToString()
+        with self._lock:
+            self._socket.sendall(_LENGTH.pack(len(body)) + body)
+            header, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 2)
+            for descriptor in fds:
+                os.set_inheritable(descriptor, False)
+            header += self._receive(_LENGTH.size - len(header))
+            response = pb.SocketResponse.FromString(self._receive(_LENGTH.unpack(header)[0]))
+        if response.WhichOneof("message") == "error":
+            raise from_detail(response.error)
+        return response, list(fds)
+
+    def _receive(self, size_bytes: int) -> bytes:
+        received = b""
+        while len(received) < size_bytes:
+            part = self._socket.recv(size_bytes - len(received))
+            if not part:
+                raise ConnectionResetError("the daemon hung up")
+            received += part
+        return received
+
+
+class Link:
+    """One attachment. Made by a handshake; serves calls until it is over."""
+
+    def __init__(
+        self, socket_dir: str, namespaces: Sequence[pb.Namespace], *, instance_name: str, timeout_s: float
+    ) -> None:
+        """Connect, attach and map every segment. Blocks.
+
+        Raises:
+            KVServiceError: of any kind; nothing is left open.
+        """
+        self._memory_socket = MemorySocket(socket_dir, timeout_s=timeout_s)
+        self.metadata = ((TOKEN_KEY, self._memory_socket.token),)
+        self._channel = open_channel(socket_dir)
+        self.stub = kvservice_pb2_grpc.KVCacheServiceStub(self._channel)
+        self._outgoing: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._segments_lock = threading.Lock()  # apart, because mapping a segment takes its time
+        self._segments: dict[int, Segment] = {}
+        self._segment_uses: dict[int, int] = {}
+        self._retired: set[int] = set()
+        self._uses = 0
+        self._owed: list[tuple[int, int]] = []  # (lease id, reservation id) that could not be ended yet
+        self._heard_at_s = time.monotonic()
+        self.is_over = False
+        self.is_draining = False
+        self._is_forked = False
+        try:
+            self._stream = self.stub.Attach(self._requests(namespaces, instance_name), metadata=self.metadata)
+            self.welcome = self._first_response(timeout_s)
+            for segment_id in self.welcome.segment_ids:
+                self._map_if_there(segment_id)
+        except BaseException:
+            self.end()
+            raise
+
+    # --------------------------------------------------------------- the stream
+
+    def run(self) -> None:
+        """Follow the daemon's notices until the link is over. Blocks; for a thread of its own."""
+        try:
+            for response in self._stream:
+                self._heard_at_s = time.monotonic()
+                match response.WhichOneof("message"):
+                    case "segments_changed":
+                        self._retire(response.segments_changed.retired_ids)
+                        for segment_id in response.segments_changed.added_ids:
+                            self._map_if_there(segment_id)
+                    case "drain_notice":
+                        self.is_draining = True
+                self._pay_debts()
+        except (grpc.RpcError, OSError):
+            pass  # the link is over, whatever broke it
+        finally:
+            self.end()
+
+    @property
+    def is_responsive(self) -> bool:
+        """Whether the daemon was heard of lately: a stopped one must not cost every call its deadline."""
+        return time.monotonic() - self._heard_at_s < _UNRESPONSIVE_S
+
+    def end(self) -> None:
+        """The link is over; memory and sockets go when the last user has left. May be called twice."""
+        with self._lock:
+            if self.is_over:
+                return
+            self.is_over = True
+            is_unused = self._uses == 0
+        self._outgoing.put(None)
+        if is_unused:
+            self._close()
+
+    def disown_after_fork(self) -> None:
+        """In a forked child: the mapping is not there, and the socket must not keep the parent alive."""
+        self._is_forked = self.is_over = True
+        self._memory_socket.close()
+
+    # -------------------------------------------------------------------- calls
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the mapped memory and the memory socket while this is open.
+
+        Raises:
+            DaemonUnreachable: the link is over.
+        """
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """See `in_use`; for holders that outlive a block of code."""
+        with self._lock:
+            if self.is_over:
+                raise DaemonUnreachable("the attachment has ended; the client attaches again by itself")
+            self._uses += 1
+
+    def leave(self) -> None:
+        """End what `enter` began."""
+        with self._lock:
+            self._uses -= 1
+            is_last = self.is_over and self._uses == 0 and not self._is_forked
+        if is_last:
+            self._close()
+
+    def call(self, method: Callable[..., Response], request: Any, timeout_s: float) -> Response:
+        """One unary RPC with the token.
+
+        Raises:
+            KVServiceError.
+        """
+        if self._is_forked:
+            raise ForkedClient("this client belongs to the parent process: attach again in the child")
+        try:
+            return method(request, timeout=timeout_s, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self._failed(error) from None
+
+    def get(self, request: pb.GetRequest, timeout_s: float) -> Iterator[pb.GetResponse]:
+        """The Get stream: messages as blocks arrive.
+
+        Raises:
+            KVServiceError.
+        """
+        try:
+            yield from self.stub.Get(request, timeout=timeout_s, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self._failed(error) from None
+
+    def end_hold(self, *, lease_id: int = 0, reservation_id: int = 0, timeout_s: float = 5.0) -> None:
+        """Release or abort. Never raises: what fails is tried again later, as a debt.
+
+        While the process lives, an expired hold keeps its slots until it is ended, so none may be
+        forgotten.
+        """
+        try:
+            self._end_hold(lease_id, reservation_id, timeout_s)
+        except KVServiceError:
+            with self._lock:
+                self._owed.append((lease_id, reservation_id))
+
+    def use_segment(self, segment_id: int) -> Segment:
+        """The mapped segment, mapping it now if need be; it stays mapped until `unuse_segment`.
+
+        Raises:
+            KVServiceError, OSError.
+        """
+        with self._segments_lock:
+            segment = self._segments.get(segment_id)
+            if segment is None:
+                segment = self._segments[segment_id] = self._memory_socket.segment(segment_id)
+            self._segment_uses[segment_id] = self._segment_uses.get(segment_id, 0) + 1
+            return segment
+
+    def unuse_segment(self, segment_id: int) -> None:
+        """End what `use_segment` began; a retired segment goes with its last user."""
+        with self._segments_lock:
+            self._segment_uses[segment_id] -= 1
+            self._unmap_if_done(segment_id)
+
+    # ---------------------------------------------------------------- privately
+
+    def _requests(self, namespaces: Sequence[pb.Namespace], instance_name: str) -> Iterator[pb.AttachRequest]:
+        yield pb.AttachRequest(
+            hello=pb.Hello(
+                protocol_version_min=PROTOCOL_VERSION_MIN,
+                protocol_version_max=PROTOCOL_VERSION_MAX,
+                instance_name=instance_name,
+                namespaces=namespaces,
+            )
+        )
+        while True:
+            try:
+                request = self._outgoing.get(timeout=_PING_INTERVAL_S)
+            except queue.Empty:
+                request = pb.AttachRequest(ping=pb.Ping())
+            if request is None:
+                return
+            yield request
+
+    def _first_response(self, timeout_s: float) -> pb.Welcome:
+        # A stream has one deadline for its whole life; the handshake's is kept by cancelling.
+        timer = threading.Timer(timeout_s, self._stream.cancel)
+        timer.start()
+        try:
+            response = next(iter(self._stream))
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+        except StopIteration:
+            raise DaemonUnreachable("the daemon ended the attachment before it began") from None
+        finally:
+            timer.cancel()
+        return response.welcome
+
+    def _failed(self, error: grpc.RpcError) -> KVServiceError:
+        translated = from_rpc(error)
+        if isinstance(translated, (NamespaceUnknown, Unauthenticated)):
+            self._stream.cancel()  # ends `run`, and the client attaches again
+        return translated
+
+    def _end_hold(self, lease_id: int, reservation_id: int, timeout_s: float) -> None:
+        try:
+            if lease_id:
+                self.call(self.stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]), timeout_s)
+            if reservation_id:
+                self.call(self.stub.Abort, pb.AbortRequest(reservation_id=reservation_id), timeout_s)
+        except LeaseUnknown:
+            pass  # ended already: an earlier try arrived though its answer did not
+
+    def _pay_debts(self) -> None:
+        with self._lock:
+            owed, self._owed = self._owed, []
+        for lease_id, reservation_id in owed:
+            self.end_hold(lease_id=lease_id, reservation_id=reservation_id)
+
+    def _map_if_there(self, segment_id: int) -> None:
+        try:
+            self.use_segment(segment_id)
+        except KVServiceError:
+            return  # retired since it was announced
+        self.unuse_segment(segment_id)
+
+    def _retire(self, segment_ids: Sequence[int]) -> None:
+        with self._segments_lock:
+            for segment_id in segment_ids:
+                self._retired.add(segment_id)
+                self._unmap_if_done(segment_id)
+
+    def _unmap_if_done(self, segment_id: int) -> None:
+        if segment_id in self._retired and not self._segment_uses.get(segment_id):
+            self._retired.discard(segment_id)
+            self._segment_uses.pop(segment_id, None)
+            segment = self._segments.pop(segment_id, None)
+            if segment is not None:
+                segment.unmap()
+
+    def _close(self) -> None:
+        if hasattr(self, "_stream"):
+            self._stream.cancel()
+        self._channel.close()
+        for segment in self._segments.values():
+            segment.unmap()
+        self._segments.clear()
+        self._memory_socket.close()
+
+
+def open_channel(socket_dir: str) -> grpc.Channel:
+    """A channel of its own (not pooled with others of the process) to the daemon's gRPC socket."""
+    return grpc.insecure_channel(
+        f"unix:{os.path.join(os.path.abspath(socket_dir), CONTROL_SOCKET)}",
+        options=(
+            ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
+            ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+            # One thread fewer between a Get and its caller.
+            (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
+        ),
+    )

@@ -1,0 +1,118 @@
+"""What the facade answers: named outcomes, never exceptions for a service failure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from kvservice_client import errors
+
+
+class Status(Enum):
+    """How the client stands with its daemon."""
+
+    ATTACHED = "attached"
+    RECONNECTING = "reconnecting"
+    REFUSED = "refused"  # the daemon is there and said no; see Client.refusal
+    FORKED = "forked"
+    CLOSED = "closed"
+
+
+class Reason(Enum):
+    """Why an outcome is less than everything that was asked for."""
+
+    OK = "ok"
+    NOT_HELD = "not_held"
+    BEING_WRITTEN = "being_written"
+    PARENT_MISSING = "parent_missing"
+    CHANGED = "changed"  # a slot's generation moved while it was copied
+    EXPIRED = "expired"
+    CAPACITY = "capacity"
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
+    TIMEOUT = "timeout"
+    UNAVAILABLE = "unavailable"
+    REFUSED = "refused"
+    FORKED = "forked"
+    CLOSED = "closed"
+    INTERNAL = "internal"
+    CORRUPT = "corrupt"
+    TIER_OFFLINE = "tier_offline"
+    OVER_LIMIT = "over_limit"
+
+
+# Most derived first.
+_BY_ERROR: tuple[tuple[type[errors.KVServiceError], Reason], ...] = (
+    (errors.CapacityExhausted, Reason.CAPACITY),
+    (errors.Draining, Reason.DRAINING),
+    (errors.Overloaded, Reason.OVERLOADED),
+    (errors.DeadlineExceeded, Reason.TIMEOUT),
+    (errors.ForkedClient, Reason.FORKED),
+    (errors.LeaseExpired, Reason.EXPIRED),
+    (errors.ReservationLost, Reason.EXPIRED),
+    (errors.LeaseUnknown, Reason.EXPIRED),
+    (errors.LayoutMismatch, Reason.REFUSED),
+    (errors.PermissionDenied, Reason.REFUSED),
+    (errors.InternalError, Reason.INTERNAL),
+)
+
+
+def reason_of(error: errors.KVServiceError) -> Reason:
+    """The reason that stands for an error."""
+    for kind, reason in _BY_ERROR:
+        if isinstance(error, kind):
+            return reason
+    return Reason.UNAVAILABLE
+
+
+@dataclass(frozen=True, slots=True)
+class LookupResult:
+    """Lookup: how many leading blocks are held, and of these how many lead in DRAM."""
+
+    blocks: int = 0
+    dram_blocks: int = 0
+    reason: Reason = Reason.OK
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """Load: how many leading blocks were copied and verified; the rest of the destination is undefined."""
+
+    blocks: int = 0
+    reason: Reason = Reason.OK
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """Save, in blocks: they add up to what was asked for."""
+
+    saved: int = 0
+    held: int = 0
+    being_written: int = 0
+    refused: int = 0
+    reason: Reason = Reason.OK
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchResult:
+    """Prefetch: leading blocks that are in DRAM, and those on their way."""
+
+    dram_blocks: int = 0
+    started_blocks: int = 0
+    reason: Reason = Reason.OK
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetResult:
+    """Forget: blocks dropped, and how many of these are still leased by someone."""
+
+    blocks_dropped: int = 0
+    blocks_in_use: int = 0
+
+
+class Committed(Enum):
+    """What Commit did to a block."""
+
+    PUBLISHED = "published"
+    AWAITING_PARENT = "awaiting_parent"
+    DROPPED = "dropped"

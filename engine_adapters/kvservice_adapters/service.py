@@ -1,0 +1,50 @@
+"""service: the part of the client library that an adapter calls, as a protocol.
+
+`kvservice_client.attach` returns one. An engine may put its own object in front of it,
+to count, to delay or, in the demo's control run, to corrupt what was loaded.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import kvservice_client
+
+
+class KVClient(Protocol):
+    """Calls that never raise for a service failure: what went wrong is the result's reason."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether a daemon answers at the moment."""
+        ...
+
+    def lookup(self, hashes: Sequence[bytes]) -> kvservice_client.LookupResult:
+        """How many leading blocks are held."""
+        ...
+
+    def load(
+        self,
+        hashes: Sequence[bytes],
+        destination: Any,
+        session_id: str = "",
+        request_id: str = "",
+        deadline_s: float = 10.0,
+    ) -> kvservice_client.LoadResult:
+        """Copy the leading held blocks into the caller's buffer; blocks until they are there."""
+        ...
+
+    def save(
+        self,
+        hashes: Sequence[bytes],
+        source: Any,
+        parent: bytes = b"",
+        session_id: str = "",
+        request_id: str = "",
+        deadline_s: float = 10.0,
+    ) -> kvservice_client.SaveResult:
+        """Copy blocks into the service and publish them; blocks until that is done."""
+        ...
+
+    def close(self) -> None:
+        """Detach."""
+        ...

@@ -1,0 +1,283 @@
+"""adapter: Hugging Face transformers on the service; load before generation, save behind its back."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+import kvservice_client
+import torch
+from transformers import PreTrainedModel
+
+from kvservice_adapters.hashing import BlockChain
+from kvservice_adapters.service import KVClient
+from kvservice_adapters.transformers.cache import PrefixCache
+from kvservice_adapters.transformers.counters import AdapterCounters, AdapterStats
+from kvservice_adapters.transformers.layout import KVRows
+from kvservice_adapters.transformers.saving import BackgroundSaver, DrainOutcome
+from kvservice_adapters.transformers.sequence import TrackedSequence
+from kvservice_adapters.transformers.support import ServedModel, serve_model
+
+SocketDir: TypeAlias = str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Knobs of an adapter; the defaults suit one engine on a busy node."""
+
+    # Host memory for blocks on their way to the service. More: longer prompts are saved in one go.
+    save_queue_size_bytes: int = 512 << 20
+    save_deadline_s: float = 10.0
+    # A load that takes longer is recomputed: it would not have been worth waiting for.
+    load_deadline_s: float = 5.0
+    # How long a load waits for this process's own saves of the same blocks.
+    settle_timeout_s: float = 0.5
+    attach_timeout_s: float = 5.0
+    copy_threads: int = 2
+
+
+class TransformersAdapter:
+    """Resumes sequences of one model from the service, and saves what it computes.
+
+        adapter = TransformersAdapter(model, "/run/kvservice", weights_identity=weights_identity_of(folder))
+        cache = adapter.load(input_ids, session_id="conversation 7")
+        output_ids = model.generate(input_ids, past_key_values=cache, max_new_tokens=100)
+        adapter.save(output_ids, cache)
+
+    The serving loop uses the steps below `load` and `save`: `track`, `fetch`, `store`.
+
+    No failure of the service reaches the engine: what cannot be loaded is recomputed, what cannot be
+    saved is not, and `stats` says how often and why. `track`, `fetch` and `store` are called by the
+    engine's thread; `stats` and `drain` by any.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        service: KVClient | SocketDir = None,
+        *,
+        weights_identity: str = "",
+        tokens_per_block: int = 16,
+        salt: str = "",
+        instance_name: str = "transformers",
+        options: AdapterOptions | None = None,
+    ) -> None:
+        """Check the model, attach, start the saving thread.
+
+        Args:
+            model: The loaded model. One token is run through it.
+            service: The daemon's socket folder (None: the default one), or a client that is attached under
+                `serve_model(...).namespace`.
+            weights_identity, tokens_per_block, salt: See `serve_model`.
+            instance_name: For people: what the daemon shows for this engine.
+            options: Sizes and deadlines.
+
+        Raises:
+            UnsupportedModel: This model's cache cannot be stored by token prefix.
+            ValueError: The weights have no identity.
+            KVServiceError: The daemon refuses this engine (credentials, another geometry under the same
+                fingerprint). A daemon that is absent is no error.
+        """
+        self.options = options or AdapterOptions()
+        self.served: ServedModel = serve_model(
+            model, tokens_per_block=tokens_per_block, weights_identity=weights_identity, salt=salt
+        )
+        self._model = model
+        self._client, self._owns_client = self._client_for(service, instance_name)
+        self._counters = AdapterCounters()
+        self._saver = BackgroundSaver(
+            self._client,
+            self.served.layout,
+            self._counters,
+            queue_size_bytes=self.options.save_queue_size_bytes,
+            deadline_s=self.options.save_deadline_s,
+        )
+        # Loaded blocks land here first; kept, because fresh memory costs page faults and pinning.
+        self._landing = torch.empty(0, dtype=torch.uint8)
+        self._landing_lock = threading.Lock()
+        self._hook = model.register_forward_pre_hook(_check_input, with_kwargs=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(
+        self, input_ids: torch.Tensor | Sequence[int], *, session_id: str = "", request_id: str = ""
+    ) -> PrefixCache:
+        """Make a cache that holds the longest prefix the service has; at least one token stays to compute.
+
+        Args:
+            input_ids: The prompt, [tokens] or [1, tokens].
+            session_id: The conversation, so that it can be told apart and forgotten.
+            request_id: This request.
+
+        Raises:
+            ValueError: More than one sequence, or none.
+        """
+        sequence = self.track(token_list(input_ids), session_id=session_id, request_id=request_id)
+        cache = PrefixCache(self._model.config, sequence)
+        self.fetch(sequence, lambda blocks: cache.preload(self.served.layout, blocks, self.served.device))
+        return cache
+
+    def save(self, output_ids: torch.Tensor | Sequence[int], cache: PrefixCache) -> None:
+        """Queue every full block of a cache that is not saved yet; returns as soon as the bytes are copied out.
+
+        Args:
+            output_ids: The whole sequence that was run with this cache, prompt included, [tokens] or [1, tokens].
+            cache: What `load` returned, after generation.
+
+        Raises:
+            ValueError: The tokens do not continue the ones that were loaded, or the cache holds several sequences.
+        """
+        tokens = token_list(output_ids)
+        known = cache.sequence.chain.tokens
+        if tokens[: len(known)] != known:
+            raise ValueError("output_ids do not begin with the tokens this cache was loaded for")
+        cache.sequence.extend(tokens[len(known) :])
+        self.store(cache.sequence, cache.rows(), length_tokens=min(cache.get_seq_length(), len(tokens)))
+        self.finish(cache.sequence, length_tokens=min(cache.get_seq_length(), len(tokens)))
+
+    def track(self, tokens: Sequence[int], *, session_id: str = "", request_id: str = "") -> TrackedSequence:
+        """Hash a prompt's blocks and follow the sequence from here on.
+
+        Raises:
+            ValueError: No token, or one that is no token id.
+        """
+        if len(tokens) == 0:
+            raise ValueError("the prompt has no token")
+        namespace = self.served.namespace
+        chain = BlockChain(namespace.fingerprint, namespace.tokens_per_block, tokens)
+        return TrackedSequence(chain, session_id=session_id, request_id=request_id)
+
+    def fetch(self, sequence: TrackedSequence, rows_for: Callable[[int], KVRows]) -> int:
+        """Load the longest held prefix into an engine's cache; blocks until it is there.
+
+        Args:
+            sequence: A sequence of which nothing is computed yet.
+            rows_for: Called once with the number of blocks that arrived; returns the cache to put them into.
+
+        Returns:
+            Tokens that need not be computed, fewer than the prompt has; 0 where nothing could be loaded.
+        """
+        # The last prompt token is always computed: its logits are what the engine is asked for.
+        usable = (len(sequence.chain.tokens) - 1) // self.served.layout.tokens_per_block
+        hashes = sequence.chain.hashes[:usable]
+        with self._landing_lock:
+            blocks = self._load_into_landing(sequence, hashes) if hashes else 0
+            rows = rows_for(blocks)
+            if blocks:
+                landed = self._landing[: blocks * self.served.layout.block_size_bytes].to(self.served.device)
+                self.served.layout.scatter(self.served.layout.as_blocks(landed), 0, rows)
+        sequence.save_started(0, blocks)
+        return blocks * self.served.layout.tokens_per_block
+
+    def store(self, sequence: TrackedSequence, rows: KVRows, *, length_tokens: int) -> None:
+        """Queue the blocks that are full and not saved yet; never waits for the service.
+
+        Args:
+            sequence: The tokens the cache was computed from.
+            rows: The cache; may be overwritten as soon as this returns.
+            length_tokens: How many tokens of the cache are computed.
+        """
+        end_block = self._full_blocks(sequence, length_tokens)
+        if sequence.next_save_block < end_block and self._client.attached and not sequence.gave_up_saving:
+            self._saver.offer(sequence, rows, end_block=end_block)
+
+    def finish(self, sequence: TrackedSequence, *, length_tokens: int) -> None:
+        """Count the blocks that were never queued; the cache is gone after this."""
+        left = self._full_blocks(sequence, length_tokens) - sequence.next_save_block
+        if left > 0:
+            reason = "QUEUE_FULL" if self._client.attached else "UNAVAILABLE"
+            self._counters.add("skipped_blocks", left, reason="GAVE_UP" if sequence.gave_up_saving else reason)
+
+    def stats(self) -> AdapterStats:
+        """What was loaded, saved and missed so far."""
+        return self._counters.snapshot()
+
+    def drain(self, timeout_s: float) -> DrainOutcome:
+        """Wait until everything queued is saved or given up."""
+        return self._saver.drain(timeout_s)
+
+    def close(self) -> None:
+        """Finish queued saves within their deadline, then detach if this adapter attached."""
+        self._hook.remove()
+        self._saver.stop(self.options.save_deadline_s)
+        if self._owns_client:
+            self._client.close()
+
+    def _client_for(self, service: KVClient | SocketDir, instance_name: str) -> tuple[KVClient, bool]:
+        if service is not None and not isinstance(service, str | os.PathLike):
+            return service, False
+        client = kvservice_client.attach(
+            self.served.namespace,
+            socket_dir=service,
+            instance_name=instance_name,
+            attach_timeout_s=self.options.attach_timeout_s,
+            copy_threads=self.options.copy_threads,
+        )
+        return client, True
+
+    def _full_blocks(self, sequence: TrackedSequence, length_tokens: int) -> int:
+        return min(length_tokens // self.served.layout.tokens_per_block, len(sequence.chain.hashes))
+
+    def _load_into_landing(self, sequence: TrackedSequence, hashes: Sequence[bytes]) -> int:
+        # Returns the blocks that are in self._landing, verified by the client.
+        self._counters.add("lookups")
+        if self._client.attached:
+            # A turn may follow the last one faster than its blocks were saved.
+            self._saver.settle(hashes, self.options.settle_timeout_s)
+        try:
+            hits = self._client.lookup(hashes)
+            if hits.blocks == 0:
+                self._counters.add("missed_blocks", len(hashes), reason=hits.reason.name)
+                return 0
+            self._grow_landing(hits.blocks)
+            loaded = self._client.load(
+                hashes[: hits.blocks],
+                self._landing[: hits.blocks * self.served.layout.block_size_bytes],
+                session_id=sequence.session_id,
+                request_id=sequence.request_id,
+                deadline_s=self.options.load_deadline_s,
+            )
+        except kvservice_client.KVServiceError as error:
+            self._counters.add("failed_loads", reason=type(error).__name__)
+            self._counters.add("missed_blocks", len(hashes), reason=type(error).__name__)
+            return 0
+        if loaded.blocks < hits.blocks:
+            self._counters.add("failed_loads", reason=loaded.reason.name)
+            self._counters.add("missed_blocks", hits.blocks - loaded.blocks, reason=loaded.reason.name)
+        self._counters.add("missed_blocks", len(hashes) - hits.blocks, reason=hits.reason.name)
+        self._counters.add("loaded_blocks", loaded.blocks)
+        return loaded.blocks
+
+    def _grow_landing(self, blocks: int) -> None:
+        needed_bytes = blocks * self.served.layout.block_size_bytes
+        if self._landing.numel() < needed_bytes:
+            # More than needed: a conversation grows a little with every turn.
+            self._landing = torch.empty(
+                needed_bytes + needed_bytes // 2, dtype=torch.uint8, pin_memory=self.served.device.type == "cuda"
+            )
+
+
+def _check_input(_model: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, PrefixCache):
+        cache.check_input(kwargs)
+
+
+def token_list(ids: torch.Tensor | Sequence[int]) -> list[int]:
+    """One sequence's token ids, from [tokens] or [1, tokens].
+
+    Raises:
+        ValueError: The tensor holds another number of sequences.
+    """
+    if not isinstance(ids, torch.Tensor):
+        return list(ids)
+    if ids.dim() == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.dim() != 1:
+        raise ValueError(f"token ids of shape {list(ids.shape)}: one sequence, [tokens] or [1, tokens], is needed")
+    return [int(token) for token in ids.tolist()]

@@ -1,0 +1,177 @@
+"""saving: the background thread that hands new blocks to the service, and its bounded queue.
+
+The engine's thread copies a block's bytes out of the cache into staging memory of the queue
+(the cache may be overwritten as soon as `offer` returns); the rest happens here. The queue is
+bounded in bytes: when it is full the engine does not wait, it offers the same blocks again later.
+"""
+
+import enum
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import kvservice_client
+import torch
+
+from kvservice_adapters.service import KVClient
+from kvservice_adapters.transformers.counters import AdapterCounters
+from kvservice_adapters.transformers.layout import BlockLayout, KVRows
+from kvservice_adapters.transformers.sequence import TrackedSequence
+
+_log = logging.getLogger(__name__)
+
+
+class DrainOutcome(enum.Enum):
+    """How waiting for queued saves ended."""
+
+    DRAINED = "drained"
+    TIMED_OUT = "timed out"
+
+
+@dataclass(frozen=True)
+class _SaveJob:
+    sequence: TrackedSequence
+    first_block: int
+    hashes: Sequence[bytes]
+    parent: bytes
+    staging: torch.Tensor  # host memory, uint8 [blocks * block_size_bytes]
+    copied: torch.cuda.Event | None  # set when the bytes are in `staging`; None: they are already
+
+
+class BackgroundSaver:
+    """Queue and thread. `offer` belongs to the engine's thread, the rest to any thread."""
+
+    def __init__(
+        self,
+        client: KVClient,
+        layout: BlockLayout,
+        counters: AdapterCounters,
+        *,
+        queue_size_bytes: int,
+        deadline_s: float,
+    ) -> None:
+        self._client = client
+        self._layout = layout
+        self._counters = counters
+        # At least one block, or nothing could ever be saved.
+        self._blocks_max = max(1, queue_size_bytes // layout.block_size_bytes)
+        self._deadline_s = deadline_s
+        self._changed = threading.Condition()
+        self._jobs: deque[_SaveJob] = deque()
+        self._queued_blocks = 0
+        self._pending: set[bytes] = set()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kvservice-saver", daemon=True)
+        self._thread.start()
+
+    def offer(self, sequence: TrackedSequence, rows: KVRows, *, end_block: int) -> None:
+        """Queue copies of the sequence's unsaved blocks before `end_block`, as many as the queue takes."""
+        first = sequence.next_save_block
+        with self._changed:
+            room = 0 if self._stopping else self._blocks_max - self._queued_blocks
+            count = min(end_block - first, room)
+            if count < 1:
+                return
+            self._queued_blocks += count
+        hashes = tuple(sequence.chain.hashes[first : first + count])
+        parent = sequence.chain.hashes[first - 1] if first else b""
+        try:
+            staging, copied = self._copy_out(rows, first, count)
+        except BaseException:
+            # Whatever it was, the queue must not stay smaller for it.
+            self._finished(hashes)
+            raise
+        sequence.save_started(first, first + count)
+        with self._changed:
+            self._pending.update(hashes)
+            self._jobs.append(_SaveJob(sequence, first, hashes, parent, staging, copied))
+            self._changed.notify_all()
+
+    def settle(self, hashes: Sequence[bytes], timeout_s: float) -> DrainOutcome:
+        """Wait until none of these blocks is on its way to the service any more."""
+        wanted = set(hashes)
+        with self._changed:
+            done = self._changed.wait_for(lambda: wanted.isdisjoint(self._pending), timeout_s)
+        return DrainOutcome.DRAINED if done else DrainOutcome.TIMED_OUT
+
+    def drain(self, timeout_s: float) -> DrainOutcome:
+        """Wait until the queue is empty and nothing is in flight."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._queued_blocks == 0, timeout_s)
+        return DrainOutcome.DRAINED if done else DrainOutcome.TIMED_OUT
+
+    def stop(self, timeout_s: float) -> DrainOutcome:
+        """Take nothing more, finish what is queued, end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return DrainOutcome.TIMED_OUT if self._thread.is_alive() else DrainOutcome.DRAINED
+
+    def _copy_out(self, rows: KVRows, first_block: int, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        size_bytes = count * self._layout.block_size_bytes
+        source = rows[0][0].device
+        if source.type != "cuda":
+            staging = torch.empty(size_bytes, dtype=torch.uint8)
+            self._layout.gather(rows, first_block, self._layout.as_blocks(staging))
+            return staging, None
+        # Gathered on the GPU, so that one large copy crosses the bus; torch recycles pinned memory by itself.
+        gathered = torch.empty(size_bytes, dtype=torch.uint8, device=source)
+        self._layout.gather(rows, first_block, self._layout.as_blocks(gathered))
+        staging = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        staging.copy_(gathered, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(source))
+        return staging, copied
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._stopping)
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+            try:
+                self._save(job)
+            except Exception as error:  # noqa: BLE001
+                # A fault in the client or the driver costs these blocks only: an engine that goes on
+                # without saving, and without a word, would be worse than one with a traceback in its log.
+                _log.exception("saving %d blocks failed", len(job.hashes))
+                self._counters.add("unsaved_blocks", len(job.hashes), reason=type(error).__name__)
+                job.sequence.save_failed(job.first_block)
+            finally:
+                self._finished(job.hashes)
+
+    def _finished(self, hashes: Sequence[bytes]) -> None:
+        with self._changed:
+            self._queued_blocks -= len(hashes)
+            self._pending.difference_update(hashes)
+            self._changed.notify_all()
+
+    def _save(self, job: _SaveJob) -> None:
+        if job.copied is not None:
+            job.copied.synchronize()
+        try:
+            done = self._client.save(
+                job.hashes,
+                job.staging,
+                parent=job.parent,
+                session_id=job.sequence.session_id,
+                request_id=job.sequence.request_id,
+                deadline_s=self._deadline_s,
+            )
+        except kvservice_client.KVServiceError as error:
+            self._counters.add("unsaved_blocks", len(job.hashes), reason=type(error).__name__)
+            job.sequence.save_failed(job.first_block)
+            return
+        self._counters.add("saved_blocks", done.saved)
+        self._counters.add("already_held_blocks", done.held + done.being_written)
+        unsaved = len(job.hashes) - done.saved - done.held - done.being_written
+        if unsaved == 0:
+            job.sequence.save_succeeded()
+            return
+        self._counters.add("unsaved_blocks", unsaved, reason=done.reason.name)
+        # Refused: the block before is not held any more, so the chain must be saved from its root.
+        job.sequence.save_failed(0 if done.refused else job.first_block)

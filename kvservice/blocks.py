@@ -1,0 +1,83 @@
+"""blocks: the nouns that every room shares, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+from struct import iter_unpack
+from typing import NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+BlockHash = NewType("BlockHash", bytes)
+"""Opaque bytes naming a block and all before it; made by the caller."""
+
+Tenant = NewType("Tenant", str)
+"""Whose data it is, derived from the peer's identity, never from what it says."""
+
+Rows = NDArray[np.int32]
+"""Index rows of blocks, in chain order, root first unless said otherwise."""
+
+Slots = NDArray[np.int32]
+"""Slot numbers of a namespace's pool."""
+
+
+NO_ROW = -1
+"""In a column of rows: none, such as the parent of a root."""
+
+NO_SLOT = -1
+"""In a column of slots: the block has no bytes in DRAM."""
+
+
+class Tier(Enum):
+    """Where a block's bytes are."""
+
+    DRAM = "dram"
+    NVME = "nvme"
+
+
+class DropReason(Enum):
+    """Why a block left the store."""
+
+    CAPACITY = "capacity"
+    RECLAIMED = "reclaimed"
+    QUOTA = "quota"
+    FORGOTTEN = "forgotten"
+    EXPIRED = "expired"
+    CORRUPT = "corrupt"
+    PREFIX_LOST = "prefix_lost"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceKey:
+    """What makes bytes incompatible: the tenant, and the caller's digest of everything else."""
+
+    tenant: Tenant
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceSpec:
+    """A namespace as an engine declares it. The sizes must agree between its engines."""
+
+    key: NamespaceKey
+    label: str
+    block_size_bytes: int
+    tokens_per_block: int
+    hash_size_bytes: int
+
+    def same_geometry(self, other: NamespaceSpec) -> bool:
+        """Whether blocks of both mean the same bytes (the label is only for people)."""
+        return (self.block_size_bytes, self.tokens_per_block, self.hash_size_bytes) == (
+            other.block_size_bytes,
+            other.tokens_per_block,
+            other.hash_size_bytes,
+        )
+
+
+def split_hashes(packed: bytes, hash_size_bytes: int) -> list[BlockHash]:
+    """The hashes of a packed chain, root first; `len(packed)` must be a multiple of the size."""
+    return list(chain.from_iterable(iter_unpack(f"{hash_size_bytes}s", packed)))

@@ -1,0 +1,351 @@
+"""knobs: every knob once, with unit, default, bounds and consequence; one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Self
+
+from kvservice.config import document, sources
+from kvservice.config.fields import knob, knobs_of, table_knob
+from kvservice.config.values import GIB, KIB, MIB, NamespaceRule, format_size, refusal, shown
+
+SOCKETS = "Sockets and access"
+DRAM = "DRAM tier"
+EVICTION = "Eviction"
+LEASES = "Leases and reservations"
+LIMITS = "Limits on what clients may ask for"
+LIFECYCLE = "Background work, draining, logs"
+NETWORK = "TCP and HTTP"
+
+POLICIES = ("lru",)
+"""Names of the eviction policies; the room `policies` implements each."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+MESSAGE_BYTES_PER_HASH = 128
+"""The most that one hash and its outcome take in a request or a response: 64 bytes of hash, or a slot with its
+generation, each in a run of its own."""
+
+SOCKET_DIR_BYTES_MAX = 107 - len("/control.sock")
+"""The kernel's limit for the path of a Unix socket, less the longest name in the directory."""
+
+_IDENTITY = re.compile(r"uid:\d{1,10}|cn:.{1,200}")
+_TENANT_CHARACTERS_MAX = 100
+_UID_MAX = 2**32 - 2
+_TLS_FILES = ("tls_cert_file", "tls_key_file", "tls_client_ca_file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The daemon's configuration, checked, never changed after it was made.
+
+    Sizes are bytes, durations seconds. Build it with `load`, or directly in tests; both raise ConfigError, which names
+    the knob, the bound and what to write instead. `origins` says where each value that is not a default came from.
+    """
+
+    socket_dir: str = knob(
+        "/run/kvservice",
+        SOCKETS,
+        "Directory of control.sock (gRPC) and memory.sock (memory descriptors), made with mode 0700 (0750 with "
+        "socket_group). Without a value it is $XDG_RUNTIME_DIR/kvservice where that variable is set. Clients look "
+        "in the same place; one daemon per directory.",
+    )
+    socket_group: str = knob(
+        "",
+        SOCKETS,
+        "Group, by name or number, whose members may enter socket_dir (mode 0750). Empty: only the daemon's own user "
+        "(mode 0700). Entering is not enough: the peer's uid or gid must be allowed below as well.",
+    )
+    allowed_uids: tuple[int, ...] = knob(
+        (),
+        SOCKETS,
+        "User ids that may attach, as the kernel reports them for the peer. Empty: the daemon's own uid.",
+        at_most=_UID_MAX,
+    )
+    allowed_gids: tuple[int, ...] = knob(
+        (),
+        SOCKETS,
+        "Primary group ids that may attach, whatever their uid; in addition to allowed_uids.",
+        at_most=_UID_MAX,
+    )
+    tenants: Mapping[str, str] = table_knob(
+        SOCKETS,
+        'Tenant of each identity: "uid:1000" for a local user, "cn:ops" for the common name of a TLS client. Tenants '
+        "never see each other's blocks. An identity that is not listed is a tenant of its own.",
+    )
+
+    dram_bytes: int = knob(
+        4 * GIB,
+        DRAM,
+        "Memory that all namespaces together may take for blocks. It is pre-faulted as it is granted and not given "
+        "back to the system while a namespace needs it: leave room for the engines, or the kernel kills somebody.",
+        at_least=4 * KIB,
+    )
+    dram_segment_bytes: int = knob(
+        256 * MIB,
+        DRAM,
+        "Memory moves between namespaces in pieces of this size. Larger: fewer descriptors and mappings. Smaller: less "
+        "is stranded in a namespace that is little used. Left at its default it is lowered to dram_bytes where that is "
+        "smaller.",
+        at_least=4 * KIB,
+    )
+    dram_grow_ahead_bytes: int = knob(
+        1 * GIB,
+        DRAM,
+        "Free memory kept ready, pre-faulted and mapped by the clients, per namespace that is being written to. Too "
+        "small and a burst of saves waits for page faults; too large and idle namespaces hold memory that others need.",
+    )
+    dram_quota_bytes: int = knob(
+        0,
+        DRAM,
+        "Memory that one namespace may fill, unless [namespaces] says otherwise for its label; 0 is no quota. At its "
+        "quota a namespace evicts its own blocks.",
+    )
+    dram_numa_node: int = knob(
+        -1,
+        DRAM,
+        "NUMA node that the memory should come from, best the GPU's; -1 leaves the choice to the kernel.",
+        at_least=-1,
+        at_most=1023,
+    )
+    dram_huge_pages: bool = knob(
+        default=True,
+        section=DRAM,
+        about="Ask for huge pages. Fewer page-table entries make mapping and copying faster where the system grants "
+        "them; where it does not, nothing fails.",
+    )
+    namespaces: Mapping[str, NamespaceRule] = table_knob(
+        DRAM,
+        "Quota and policy for the namespaces whose label matches a glob; the first match in the file's order counts. "
+        "What a rule leaves out comes from dram_quota_bytes and policy.",
+    )
+
+    high_watermark: float = knob(
+        0.95,
+        EVICTION,
+        "Fraction of a namespace's memory in use at which eviction in the background starts, once it cannot grow. "
+        "Lower: more space is ready for the next save, and fewer blocks stay.",
+        at_most=1,
+    )
+    low_watermark: float = knob(
+        0.90,
+        EVICTION,
+        "Fraction in use at which that eviction stops; below high_watermark. A wide gap: larger, rarer batches.",
+        at_most=1,
+    )
+    policy: str = knob(
+        "lru",
+        EVICTION,
+        "Order in which blocks leave. lru: unused for longest first, the deepest block of a chain before its prefix.",
+        choices=POLICIES,
+    )
+
+    lease_s: float = knob(
+        30.0,
+        LEASES,
+        "How long a lease or a reservation lasts when the caller names no time. Shorter: a hung client's blocks move "
+        "again sooner. Longer: slow copies need no renewal.",
+        at_least=0.01,
+    )
+    lease_s_max: float = knob(
+        300.0,
+        LEASES,
+        "The longest lease that a caller may ask for.",
+        at_least=0.01,
+        at_most=86_400,
+    )
+
+    hashes_per_call_max: int = knob(
+        16_384,
+        LIMITS,
+        "Block hashes in one call; a longer prefix is asked for in several calls. Bounds the time for which one call "
+        "can hold up the others.",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    leases_per_instance_max: int = knob(
+        4096, LIMITS, "Leases that one engine process may hold at a time.", at_least=1, at_most=1_000_000
+    )
+    reservations_per_instance_max: int = knob(
+        1024, LIMITS, "Reservations that one engine process may hold at a time.", at_least=1, at_most=1_000_000
+    )
+    instances_max: int = knob(256, LIMITS, "Engine processes attached at a time.", at_least=1, at_most=65_536)
+    connections_max: int = knob(
+        512,
+        LIMITS,
+        "Connections open on memory.sock at a time; one per engine process, and one for each run of the command line.",
+        at_least=1,
+        at_most=65_536,
+    )
+    namespaces_max: int = knob(
+        64, LIMITS, "Namespaces that exist at a time, over all tenants.", at_least=1, at_most=65_536
+    )
+    sessions_max: int = knob(
+        100_000,
+        LIMITS,
+        "Conversations remembered by name, per namespace; beyond it one loses its name, not its blocks.",
+        at_least=1,
+        at_most=100_000_000,
+    )
+    explain_history_blocks: int = knob(
+        65_536,
+        LIMITS,
+        "Blocks remembered after they left, per namespace, so that explain can say when and why; a few hundred bytes "
+        "each. 0 remembers none.",
+        at_most=100_000_000,
+    )
+    block_size_bytes_max: int = knob(
+        1 * GIB, LIMITS, "Largest block that a namespace may declare.", at_least=1, at_most=1 << 40
+    )
+    message_bytes_max: int = knob(
+        8 * MIB,
+        LIMITS,
+        "Largest gRPC message, either way. It must fit hashes_per_call_max hashes at "
+        f"{MESSAGE_BYTES_PER_HASH} bytes each.",
+        at_least=64 * KIB,
+        at_most=2 * GIB - 1,
+    )
+
+    checksum_threads: int = knob(
+        1,
+        LIFECYCLE,
+        "Threads that checksum blocks after their commit. More finish sooner and take memory bandwidth from copies.",
+        at_least=1,
+        at_most=64,
+    )
+    drain_s: float = knob(
+        20.0,
+        LIFECYCLE,
+        "How long running work may take after SIGTERM before the daemon exits anyway. Keep it below the supervisor's "
+        "own limit (Kubernetes: terminationGracePeriodSeconds, 30 s by default).",
+        at_most=3600,
+    )
+    log_level: str = knob("info", LIFECYCLE, "Least important log lines written to stderr.", choices=LOG_LEVELS)
+
+    tcp_address: str = knob(
+        "",
+        NETWORK,
+        'Address "host:port" for Stats, Explain and health over TCP with mutual TLS; empty: off. Blocks never travel '
+        "there. All three TLS files are required.",
+    )
+    tls_cert_file: str = knob("", NETWORK, "The daemon's certificate chain, PEM.")
+    tls_key_file: str = knob("", NETWORK, "The daemon's private key, PEM, readable by the daemon's user only.")
+    tls_client_ca_file: str = knob("", NETWORK, "Authorities whose client certificates are accepted, PEM.")
+    http_host: str = knob(
+        "127.0.0.1",
+        NETWORK,
+        "Address of the HTTP port (/metrics, /livez, /readyz). It has no access control: anything but loopback shows "
+        "metrics to whoever can reach it.",
+    )
+    http_port: int = knob(
+        9477,
+        NETWORK,
+        "HTTP port; 0 takes any free one (the log says which), -1 turns it off.",
+        at_least=-1,
+        at_most=65_535,
+    )
+
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("tenants", "namespaces", "origins"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name, described in KNOBS.items():
+            described.check(getattr(self, name), self.origins.get(name, ""))
+        self._check_access()
+        self._check_memory()
+        self._check_network()
+
+    @classmethod
+    def load(cls, flags: Mapping[str, str], environ: Mapping[str, str], *, config_file: str = "") -> Self:
+        """The effective configuration: defaults < TOML file < KVSERVICE_* variables < flags.
+
+        Args:
+            flags: text of each flag that was given, by knob name ("dram_bytes": "4GiB").
+            environ: the environment, read now; XDG_RUNTIME_DIR and KVSERVICE_CONFIG count as well.
+            config_file: path of the TOML file; empty: $KVSERVICE_CONFIG, and without that no file.
+
+        Raises:
+            ConfigError: a file cannot be read, a name is unknown, or a value is malformed or out of bounds.
+        """
+        found = sources.gather(KNOBS, flags, environ, config_file=config_file)
+        return cls(**found.values, origins=found.origins)  # type: ignore[arg-type]  # checked by kind when read
+
+    def origin(self, name: str) -> str:
+        """Where the value of the knob `name` came from; "default" where nobody set it."""
+        return self.origins.get(name, sources.DEFAULT)
+
+    def rule_for(self, label: str) -> NamespaceRule:
+        """Quota (bytes, 0 none) and policy of a namespace with this label."""
+        for glob, rule in self.namespaces.items():
+            if fnmatch.fnmatchcase(label, glob):
+                return rule
+        return NamespaceRule(dram_quota_bytes=self.dram_quota_bytes, policy=self.policy)
+
+    def to_toml(self) -> str:
+        """The effective configuration as a TOML file with comments; loading it gives an equal Config."""
+        return document.as_toml(KNOBS, {name: getattr(self, name) for name in KNOBS}, self.origins)
+
+    def _refuse(self, name: str, problem: str) -> Exception:
+        return refusal(name, problem, self.origins.get(name, ""))
+
+    def _check_access(self) -> None:
+        if not self.socket_dir.startswith("/"):
+            raise self._refuse("socket_dir", f"{shown(self.socket_dir)} is not an absolute path")
+        if len(self.socket_dir.encode()) > SOCKET_DIR_BYTES_MAX:
+            raise self._refuse(
+                "socket_dir", f"longer than {SOCKET_DIR_BYTES_MAX} bytes, and a socket's path must fit 107: shorten it"
+            )
+        for identity, tenant in self.tenants.items():
+            if _IDENTITY.fullmatch(identity) is None:
+                raise self._refuse("tenants", f"{shown(identity)} is not an identity; write uid:NUMBER or cn:NAME")
+            if not tenant.isprintable() or not 1 <= len(tenant) <= _TENANT_CHARACTERS_MAX:
+                bound = f"1 to {_TENANT_CHARACTERS_MAX} printable characters"
+                raise self._refuse("tenants", f"{shown(tenant)} is not a tenant name: {bound}")
+
+    def _check_memory(self) -> None:
+        if self.dram_segment_bytes > self.dram_bytes:
+            raise self._refuse(
+                "dram_segment_bytes",
+                f"{format_size(self.dram_segment_bytes)} is more than dram_bytes ({format_size(self.dram_bytes)}): "
+                "not one segment fits; lower it, or raise dram_bytes",
+            )
+        if not self.low_watermark < self.high_watermark:
+            raise self._refuse(
+                "low_watermark",
+                f"{self.low_watermark} is not below high_watermark ({self.high_watermark}); lower it, or raise that",
+            )
+        if self.lease_s > self.lease_s_max:
+            raise self._refuse("lease_s", f"{self.lease_s} is more than lease_s_max ({self.lease_s_max})")
+        needed_bytes = self.hashes_per_call_max * MESSAGE_BYTES_PER_HASH
+        if needed_bytes > self.message_bytes_max:
+            raise self._refuse(
+                "message_bytes_max",
+                f"{format_size(self.message_bytes_max)} does not fit hashes_per_call_max ({self.hashes_per_call_max}) "
+                f"at {MESSAGE_BYTES_PER_HASH} bytes each; write at least {format_size(needed_bytes)}",
+            )
+        for glob, rule in self.namespaces.items():
+            for name in ("dram_quota_bytes", "policy"):
+                described = dataclasses.replace(KNOBS[name], name=f'namespaces."{glob}".{name}')
+                described.check(getattr(rule, name), self.origins.get("namespaces", ""))
+
+    def _check_network(self) -> None:
+        if not self.tcp_address:
+            return
+        host, _, port = self.tcp_address.rpartition(":")
+        if not host or re.fullmatch(r"\d{1,5}", port, re.ASCII) is None or int(port) > 65_535:
+            raise self._refuse("tcp_address", f'{shown(self.tcp_address)} is not "host:port", as in "0.0.0.0:9478"')
+        missing = [name for name in _TLS_FILES if not getattr(self, name)]
+        if missing:
+            raise self._refuse(
+                "tcp_address", f"TCP demands mutual TLS: set {', '.join(missing)} as well, or leave tcp_address empty"
+            )
+
+
+KNOBS = knobs_of(Config)
+"""Every knob by name."""

@@ -1,0 +1,192 @@
+"""The daemon's life: start everything in order, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+import time
+from contextlib import AsyncExitStack
+
+import uvloop
+
+from kvservice import __version__
+from kvservice.blocks import Tier
+from kvservice.config import Config
+from kvservice.fd_socket import FdSocket
+from kvservice.http import HttpServer, Verdict
+from kvservice.leases import HoldKind
+from kvservice.logs import event_log
+from kvservice.metrics import Metrics, Snapshot, TierGauge
+from kvservice.server.listeners import Health, listen_tls, make_server
+from kvservice.server.sockets import SocketDirectory
+from kvservice.server.tasks import BackgroundTasks
+from kvservice.service import ControlService, ObserverService
+from kvservice.service.control import PLANES
+from kvservice.store import Store
+
+_UPKEEP_INTERVAL_S = 0.1
+_STALL_S = 10.0  # an event loop that did not come round for so long is not live
+_DRAIN_POLL_S = 0.02
+
+_log = event_log(__name__)
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status. Blocks.
+
+    Raises:
+        StartupError: the message says what to change.
+    """
+    _raise_descriptor_limit()
+    uvloop.run(_serve(config))
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    async with Daemon(config) as daemon:
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        await daemon.drain()
+
+
+class Daemon:
+    """One daemon. An async context manager: entered, it serves."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.metrics = Metrics(version=__version__)
+        self.store = Store(config, self.metrics)
+        self.health = Health()
+        self.tasks = BackgroundTasks(self.metrics, on_death=self._on_task_death)
+        self.http_address = ""
+        self.tcp_port = 0
+        self._loop: asyncio.AbstractEventLoop
+        self._beat_s = time.monotonic()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Daemon:
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stack.aclose()
+        _log.info("stopped")
+
+    @property
+    def state(self) -> str:
+        """ "serving", "draining" or what is wrong."""
+        if self.tasks.dead:
+            return "; ".join(f"background task {name} died: {why}" for name, why in self.tasks.dead.items())
+        return "draining" if self.store.is_draining else "serving"
+
+    async def drain(self) -> None:
+        """Take no new work; wait until holds have ended, at most `drain_s`."""
+        _log.info("draining", deadline_s=self.config.drain_s)
+        await self.health.set(serving=False)
+        self.store.drain()
+        deadline_s = time.monotonic() + self.config.drain_s
+        while not self.store.is_idle and time.monotonic() < deadline_s:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        _log.info("drained", is_idle=self.store.is_idle)
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        config = self.config
+        self._loop = asyncio.get_running_loop()
+        # First in, last out: memory is unmapped after everything that uses it has stopped.
+        stack.callback(self.store.close)
+        sockets = SocketDirectory(config.socket_dir, group=config.socket_group)
+        stack.callback(sockets.close)
+        control = ControlService(self.store, self.metrics, state=lambda: self.state)
+        fd_socket = FdSocket(sockets.memory, self.store, config, self.metrics, epoch=control.epoch)
+        fd_socket.listen()
+        sockets.open_to_group(sockets.memory)
+        stack.push_async_callback(self.tasks.stop)
+        self.tasks.start("fd_socket", fd_socket.run())
+        self.tasks.start("upkeep", self._keep_up())
+        self.tasks.start("checksums", self.store.checksummer.run())
+        server = make_server(control, self.health, message_bytes_max=config.message_bytes_max)
+        server.add_insecure_port(f"unix:{sockets.control}")
+        await server.start()
+        stack.push_async_callback(server.stop, 0.5)
+        sockets.open_to_group(sockets.control)
+        if config.tcp_address:
+            observer = ObserverService(self.store, self.metrics, control, state=lambda: self.state)
+            tcp_server = make_server(observer, self.health, message_bytes_max=config.message_bytes_max)
+            self.tcp_port = listen_tls(tcp_server, config)
+            await tcp_server.start()
+            stack.push_async_callback(tcp_server.stop, 0.5)
+        self.metrics.watch(self._snapshot)
+        if config.http_port >= 0:
+            http = HttpServer(
+                host=config.http_host,
+                port=config.http_port,
+                registry=self.metrics.registry,
+                live=self._live,
+                ready=self._ready,
+            )
+            self.http_address = http.start()
+            stack.callback(http.stop)
+        await self.health.set(serving=not self.tasks.dead)
+        _log.info(
+            "ready",
+            socket_dir=sockets.path,
+            http_address=self.http_address,
+            tcp_port=self.tcp_port,
+            dram_bytes=config.dram_bytes,
+            planes=PLANES,
+            version=__version__,
+        )
+
+    async def _keep_up(self) -> None:
+        while True:
+            await self.store.upkeep()
+            self._beat_s = time.monotonic()
+            await asyncio.sleep(_UPKEEP_INTERVAL_S)
+
+    def _on_task_death(self) -> None:
+        self._health_task = self._loop.create_task(self.health.set(serving=False))
+
+    def _live(self) -> Verdict:
+        """Called in HTTP threads: reads, never waits."""
+        reasons = [f"background task {name} died: {why}" for name, why in self.tasks.dead.items()]
+        stalled_s = time.monotonic() - self._beat_s
+        if stalled_s > _STALL_S:
+            reasons.append(f"the event loop has not come round for {stalled_s:.0f} s")
+        return Verdict(ok=not reasons, reasons=tuple(reasons))
+
+    def _ready(self) -> Verdict:
+        live = self._live()
+        if self.store.is_draining:
+            return Verdict(ok=False, reasons=(*live.reasons, "draining"))
+        return live
+
+    def _snapshot(self) -> Snapshot:
+        """Called in HTTP threads: counts and lengths only."""
+        store = self.store
+        usage = store.arena.usage()
+        namespaces = list(store.namespaces.values())
+        return Snapshot(
+            tiers=[TierGauge(Tier.DRAM, usage.capacity_bytes, usage.used_bytes, usage.state == "online")],
+            blocks=sum(len(namespace.index) for namespace in namespaces),
+            sessions=sum(len(namespace.sessions) for namespace in namespaces),
+            instances=store.instances.attached,
+            namespaces=len(namespaces),
+            leases=store.leases.count(HoldKind.READ),
+            reservations=store.leases.count(HoldKind.WRITE),
+            quarantined_slots=store.leases.quarantined_slots(),
+            unchecksummed_blocks=store.checksummer.queued_blocks,
+            draining=store.is_draining,
+        )
+
+
+def _raise_descriptor_limit() -> None:
+    """Segments take two descriptors each and connections one: use what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard))

@@ -1,0 +1,103 @@
+"""What every RPC goes through: authentication, timing, and the one table of errors.
+
+The table is the only place where domain errors and gRPC codes meet. Anything that is not in it
+is a bug in the daemon: the caller gets an opaque text and an id, the log gets the traceback
+(grpc.aio would send the exception's text to the client).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+from kvservice import errors
+from kvservice.logs import event_log
+from kvservice.metrics import Calls
+
+ERROR_KEY = "kvservice-error-bin"
+TOKEN_KEY = "kvservice-token-bin"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+_log = event_log(__name__)
+
+# Most derived first: the first row whose class matches wins.
+_TABLE: tuple[tuple[type[errors.KVServiceError], grpc.StatusCode, pb.ErrorReason], ...] = (
+    (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_REQUEST),
+    (errors.NamespaceUnknown, grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_NAMESPACE_UNKNOWN),
+    (errors.LayoutMismatch, grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_LAYOUT_MISMATCH),
+    (errors.LeaseUnknown, grpc.StatusCode.NOT_FOUND, pb.ERROR_REASON_LEASE_UNKNOWN),
+    (errors.LeaseExpired, grpc.StatusCode.ABORTED, pb.ERROR_REASON_LEASE_EXPIRED),
+    (errors.ReservationLost, grpc.StatusCode.ABORTED, pb.ERROR_REASON_RESERVATION_LOST),
+    (errors.QuotaExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUOTA_EXCEEDED),
+    (errors.CapacityExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_CAPACITY_EXHAUSTED),
+    (errors.Draining, grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_DRAINING),
+    (errors.Overloaded, grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_OVERLOADED),
+    (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, pb.ERROR_REASON_UNAUTHENTICATED),
+    (errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED, pb.ERROR_REASON_PERMISSION_DENIED),
+)
+
+
+def error_detail(error: BaseException, *, where: str) -> tuple[grpc.StatusCode, pb.ErrorDetail]:
+    """The status and the detail to send for an exception; logs what is not in the table."""
+    for kind, code, reason in _TABLE:
+        if isinstance(error, kind):
+            detail = pb.ErrorDetail(reason=reason, message=str(error))
+            if isinstance(error, errors.InvalidRequest):
+                detail.field = error.field
+            if isinstance(error, errors.Overloaded):
+                detail.retry_after_ms = int(error.retry_after_s * 1000)
+            return code, detail
+    error_id = secrets.token_hex(8)
+    _log.exception("internal_error", error, where=where, error_id=error_id)
+    message = f"internal error {error_id}; the daemon's log has the details"
+    return grpc.StatusCode.INTERNAL, pb.ErrorDetail(
+        reason=pb.ERROR_REASON_INTERNAL, message=message, error_id=error_id
+    )
+
+
+async def abort(context: Context, code: grpc.StatusCode, detail: pb.ErrorDetail) -> NoReturn:
+    """End the call with that status; the detail travels in the trailing metadata."""
+    await context.abort(code, detail.message, trailing_metadata=((ERROR_KEY, detail.SerializeToString()),))
+    raise AssertionError("context.abort returns never")
+
+
+def token_of(context: Context) -> bytes:
+    """The token that the call carries.
+
+    Raises:
+        Unauthenticated: none.
+    """
+    for key, value in context.invocation_metadata() or ():
+        if key == TOKEN_KEY:
+            return bytes(value) if isinstance(value, bytes) else value.encode()
+    raise errors.Unauthenticated(f"no token in the metadata key {TOKEN_KEY}: connect to the memory socket first")
+
+
+def unary(
+    calls: Calls, method: str, answer: Callable[[Request, Context], Response | Awaitable[Response]]
+) -> Callable[[Request, Context], Coroutine[Any, Any, Response]]:
+    """Wrap the handler of a unary RPC with timing and the table of errors."""
+
+    async def handle(request: Request, context: Context) -> Response:
+        started_s = time.perf_counter()
+        code = grpc.StatusCode.OK
+        try:
+            response = answer(request, context)
+            if isinstance(response, Awaitable):
+                return await response
+            return response
+        except Exception as error:  # noqa: BLE001  # the one boundary where everything must become a status
+            code, detail = error_detail(error, where=method)
+        finally:
+            calls.observe(time.perf_counter() - started_s, code.name)
+        await abort(context, code, detail)
+
+    return handle

@@ -1,0 +1,294 @@
+"""The contract as engines use it, over the Unix socket: decode, one store call, encode."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from kvservice_proto.v1 import kvservice_pb2 as pb
+from kvservice_proto.v1 import kvservice_pb2_grpc
+
+from kvservice import __version__, errors
+from kvservice.instances import DrainNotice, Notice, SegmentsChanged
+from kvservice.metrics import MISS_REASONS, Metrics
+from kvservice.service import messages, reports
+from kvservice.service.calls import Context, abort, error_detail, token_of, unary
+from kvservice.service.messages import require_text
+from kvservice.store import Peer, Store, explain
+
+PROTOCOL_VERSION_MIN = 1
+PROTOCOL_VERSION_MAX = 1
+PLANES = "shared-memory (the daemon has no CUDA plane)"
+
+_HELLO_TIMEOUT_S = 10.0
+_NOTICES_MAX = 1024
+
+
+class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
+    """KVCacheService for engines. Every method runs on the event loop."""
+
+    def __init__(self, store: Store, metrics: Metrics, *, state: Callable[[], str]) -> None:
+        """`state` says "serving", "draining" or what is wrong, for Stats."""
+        self._store = store
+        self._metrics = metrics
+        self._state = state
+        self.epoch = secrets.token_hex(8)
+        self._started_at_s = store.clock()
+        self._attach_calls = metrics.rpc("Attach")
+        self._get_calls = metrics.rpc("Get")
+        for method, answer in (
+            ("Lookup", self._lookup),
+            ("Renew", self._renew),
+            ("Release", self._release),
+            ("Put", self._put),
+            ("Commit", self._commit),
+            ("Abort", self._abort),
+            ("Prefetch", self._prefetch),
+            ("Forget", self._forget),
+            ("Stats", self._stats),
+            ("Explain", self._explain),
+        ):
+            setattr(self, method, unary(metrics.rpc(method), method, answer))
+
+    # ------------------------------------------------------------------ streams
+
+    async def Attach(self, requests: AsyncIterator[pb.AttachRequest], context: Context) -> None:  # noqa: N802
+        """Handshake, then notices to the instance until its stream ends."""
+        started_s = time.perf_counter()
+        code = "OK"
+        instance: Peer | None = None
+        outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue(_NOTICES_MAX)
+        try:
+            candidate = self._instance(context)
+            hello = await _first_hello(requests)
+            welcome = await self._welcome(candidate, hello, outgoing)
+            instance = candidate
+            await context.write(pb.AttachResponse(welcome=welcome))
+        except Exception as error:  # noqa: BLE001  # everything must become a status
+            status, detail = error_detail(error, where="Attach")
+            code = status.name
+            if instance is not None:
+                self._store.detach(instance)
+            await abort(context, status, detail)
+        finally:
+            self._attach_calls.observe(time.perf_counter() - started_s, code)
+        assert instance is not None
+        pings = asyncio.create_task(_answer_pings(requests, outgoing))
+        try:
+            while (response := await outgoing.get()) is not None:
+                await context.write(response)
+        finally:
+            pings.cancel()
+            self._store.detach(instance)
+
+    async def Get(self, request: pb.GetRequest, context: Context) -> None:  # noqa: N802
+        """One message today: everything held is in DRAM."""
+        started_s = time.perf_counter()
+        status = grpc.StatusCode.OK
+        try:
+            response = self._get(request, context)
+        except Exception as error:  # noqa: BLE001  # everything must become a status
+            status, detail = error_detail(error, where="Get")
+        finally:
+            self._get_calls.observe(time.perf_counter() - started_s, status.name)
+        if status is not grpc.StatusCode.OK:
+            await abort(context, status, detail)
+        await context.write(response)
+
+    # -------------------------------------------------------------------- unary
+
+    def _lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        looked = self._store.lookup(self._instance(context), request.namespace_id, request.hashes)
+        self._metrics.lookup_held_blocks.inc(looked.dram_blocks)
+        self._metrics.lookup_miss_blocks.inc(looked.blocks - looked.dram_blocks)
+        return messages.lookup_response(looked)
+
+    def _get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
+        granted = self._store.get(
+            self._instance(context),
+            request.namespace_id,
+            request.hashes,
+            session_id=require_text(request.session_id, "session_id"),
+            request_id=require_text(request.request_id, "request_id"),
+            duration_s=request.lease_ms / 1000,
+            max_blocks=request.max_blocks,
+        )
+        response = messages.get_response(granted)
+        metrics = self._metrics
+        metrics.dram_hit_blocks.inc(len(granted.slots))
+        metrics.leased_bytes.inc(len(granted.slots) * granted.pool.stride_bytes)
+        for run in response.runs:
+            if run.WhichOneof("outcome") == "miss":
+                metrics.miss_blocks[MISS_REASONS[run.miss - 1]].inc(run.blocks)
+        return response
+
+    def _renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
+        self._require_few(request.lease_ids, "lease_ids")
+        self._require_few(request.reservation_ids, "reservation_ids")
+        renewed = self._store.renew(
+            self._instance(context), request.lease_ids, request.reservation_ids, request.lease_ms / 1000
+        )
+        return pb.RenewResponse(lease_ms=int(renewed.duration_s * 1000))
+
+    def _release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+        self._require_few(request.lease_ids, "lease_ids")
+        request_id = require_text(request.request_id, "request_id")
+        ended = self._store.release(self._instance(context), request.lease_ids, request_id)
+        return pb.ReleaseResponse(released=ended.live, expired=ended.expired)
+
+    async def _put(self, request: pb.PutRequest, context: Context) -> pb.PutResponse:
+        reserved = await self._store.put(
+            self._instance(context),
+            request.namespace_id,
+            request.parent,
+            request.hashes,
+            session_id=require_text(request.session_id, "session_id"),
+            request_id=require_text(request.request_id, "request_id"),
+            duration_s=request.lease_ms / 1000,
+        )
+        response = messages.put_response(reserved)
+        for run in response.runs:
+            self._metrics.put_blocks[str(run.WhichOneof("outcome"))].inc(run.blocks)
+        return response
+
+    def _commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+        self._require_few(request.positions, "positions")
+        committed = self._store.commit(self._instance(context), request.reservation_id, request.positions)
+        return messages.commit_response(committed)
+
+    def _abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        return pb.AbortResponse(expired=self._store.abort(self._instance(context), request.reservation_id))
+
+    def _prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
+        looked = self._store.lookup(self._instance(context), request.namespace_id, request.hashes)
+        return messages.prefetch_response(looked)
+
+    def _forget(self, request: pb.ForgetRequest, context: Context) -> pb.ForgetResponse:
+        instance = self._instance(context)
+        match request.WhichOneof("target"):
+            case "session_id":
+                forgotten = self._store.forget_session(instance, request.namespace_id, request.session_id)
+            case "whole_namespace":
+                forgotten = self._store.forget_namespace(instance, request.namespace_id)
+            case _:
+                raise errors.InvalidRequest("name a session or the whole namespace", field="target")
+        return pb.ForgetResponse(blocks_dropped=forgotten.dropped, blocks_in_use=forgotten.in_use)
+
+    def _stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
+        return reports.stats(
+            self._store,
+            self._instance(context).tenant,
+            epoch=self.epoch,
+            started_at_s=self._started_at_s,
+            state=self._state(),
+            planes=PLANES,
+        )
+
+    def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        store = self._store
+        tenant = self._instance(context).tenant
+        found = explain(store.namespaces.values(), tenant, request.hash, request.fingerprint, store.clock())
+        return messages.explain_response(found)
+
+    # ----------------------------------------------------------------- privately
+
+    def _instance(self, context: Context) -> Peer:
+        return self._store.instances.of_token(token_of(context))
+
+    def _require_few(self, items: Any, field: str) -> None:
+        bound = self._store.config.hashes_per_call_max
+        if len(items) > bound:
+            raise errors.InvalidRequest(f"{len(items)} {field}, at most {bound} per call", field=field)
+
+    async def _welcome(self, instance: Peer, hello: pb.Hello, outgoing: asyncio.Queue[pb.AttachResponse | None]) -> pb.Welcome:
+        version = agreed_version(hello.protocol_version_min, hello.protocol_version_max)
+        config = self._store.config
+        if not hello.namespaces:
+            raise errors.InvalidRequest("no namespaces: attach at least one", field="namespaces")
+        messages.require_between(len(hello.namespaces), 1, config.namespaces_max, "namespaces")
+        specs = [
+            messages.namespace_spec(message, instance.tenant, block_size_bytes_max=config.block_size_bytes_max)
+            for message in hello.namespaces
+        ]
+        name = require_text(hello.instance_name, "instance_name", length_max=messages.NAME_LENGTH_MAX)
+
+        def notify(notice: Notice) -> None:
+            if outgoing.full():
+                _end(outgoing)  # it has not read its stream for a thousand notices; it may attach again
+            else:
+                outgoing.put_nowait(_notice(notice))
+
+        segment_ids = await self._store.attach(instance, name, specs)
+        instance.notify = notify
+        return pb.Welcome(
+            protocol_version=version,
+            daemon_version=__version__,
+            daemon_epoch=self.epoch,
+            instance_id=instance.instance_id,
+            namespace_ids=range(1, len(specs) + 1),
+            limits=pb.Limits(
+                hashes_per_call_max=config.hashes_per_call_max,
+                leases_per_instance_max=config.leases_per_instance_max,
+                reservations_per_instance_max=config.reservations_per_instance_max,
+                lease_ms_max=int(config.lease_s_max * 1000),
+            ),
+            planes=PLANES,
+            segment_ids=segment_ids,
+        )
+
+
+def agreed_version(lowest: int, highest: int) -> int:
+    """The newest protocol version that both sides speak.
+
+    Raises:
+        InvalidRequest: none.
+    """
+    if lowest > PROTOCOL_VERSION_MAX or highest < PROTOCOL_VERSION_MIN or lowest > highest:
+        raise errors.InvalidRequest(
+            f"protocol versions {lowest} to {highest} offered, this daemon speaks {PROTOCOL_VERSION_MIN} to "
+            f"{PROTOCOL_VERSION_MAX}: upgrade the older side",
+            field="protocol_version",
+        )
+    return min(highest, PROTOCOL_VERSION_MAX)
+
+
+async def _first_hello(requests: AsyncIterator[pb.AttachRequest]) -> pb.Hello:
+    try:
+        first = await asyncio.wait_for(anext(requests), _HELLO_TIMEOUT_S)
+    except (TimeoutError, StopAsyncIteration):
+        raise errors.InvalidRequest("the stream must start with Hello", field="hello") from None
+    if first.WhichOneof("message") != "hello":
+        raise errors.InvalidRequest("the stream must start with Hello", field="hello")
+    return first.hello
+
+
+async def _answer_pings(
+    requests: AsyncIterator[pb.AttachRequest], outgoing: asyncio.Queue[pb.AttachResponse | None]
+) -> None:
+    """Read until the client ends its side, then end the stream."""
+    try:
+        async for request in requests:
+            if request.WhichOneof("message") == "ping" and not outgoing.full():
+                outgoing.put_nowait(pb.AttachResponse(pong=pb.Pong()))
+    finally:
+        _end(outgoing)
+
+
+def _end(outgoing: asyncio.Queue[pb.AttachResponse | None]) -> None:
+    if outgoing.full():
+        outgoing.get_nowait()
+    outgoing.put_nowait(None)
+
+
+def _notice(notice: Notice) -> pb.AttachResponse:
+    match notice:
+        case SegmentsChanged():
+            return pb.AttachResponse(
+                segments_changed=pb.SegmentsChanged(added_ids=notice.added_ids, retired_ids=notice.retired_ids)
+            )
+        case DrainNotice():
+            return pb.AttachResponse(drain_notice=pb.DrainNotice(deadline_ms=int(notice.deadline_s * 1000)))

@@ -1,0 +1,183 @@
+"""Translation between the contract's messages and the store's nouns. No decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec, Slots, Tenant, Tier
+from kvservice.dram import SlotPool
+from kvservice.errors import InvalidRequest
+from kvservice.store import outcomes
+from kvservice.store.explain import HASH_SIZE_BYTES_MAX, HASH_SIZE_BYTES_MIN
+
+TEXT_LENGTH_MAX = 200
+NAME_LENGTH_MAX = 100
+FINGERPRINT_BYTES_MIN, FINGERPRINT_BYTES_MAX = 16, 64
+
+TIERS = {Tier.DRAM: pb.TIER_DRAM, Tier.NVME: pb.TIER_NVME}
+MISSES = {
+    outcomes.Miss.NOT_HELD: pb.MISS_REASON_NOT_HELD,
+    outcomes.Miss.BEING_WRITTEN: pb.MISS_REASON_BEING_WRITTEN,
+    outcomes.Miss.PREFIX_MISSING: pb.MISS_REASON_PREFIX_MISSING,
+    outcomes.Miss.OVER_LIMIT: pb.MISS_REASON_OVER_LIMIT,
+}
+DROPS = {
+    DropReason.CAPACITY: pb.DROP_REASON_CAPACITY,
+    DropReason.RECLAIMED: pb.DROP_REASON_RECLAIMED,
+    DropReason.QUOTA: pb.DROP_REASON_QUOTA,
+    DropReason.FORGOTTEN: pb.DROP_REASON_FORGOTTEN,
+    DropReason.EXPIRED: pb.DROP_REASON_EXPIRED,
+    DropReason.CORRUPT: pb.DROP_REASON_CORRUPT,
+    DropReason.PREFIX_LOST: pb.DROP_REASON_PREFIX_LOST,
+    DropReason.ABORTED: pb.DROP_REASON_ABORTED,
+}
+
+
+def require_text(text: str, field: str, *, length_max: int = TEXT_LENGTH_MAX) -> str:
+    """Raise InvalidRequest if the text is too long."""
+    if len(text) > length_max:
+        raise InvalidRequest(f"{field} has {len(text)} characters, at most {length_max}", field=field)
+    return text
+
+
+def require_between(value: int, low: int, high: int, field: str) -> int:
+    """Raise InvalidRequest if the value is out of bounds."""
+    if not low <= value <= high:
+        raise InvalidRequest(f"{field} is {value}, must be {low} to {high}", field=field)
+    return value
+
+
+def namespace_spec(message: pb.Namespace, tenant: Tenant, *, block_size_bytes_max: int) -> NamespaceSpec:
+    """The declared namespace inside the tenant. Raises InvalidRequest naming field and bound."""
+    require_between(len(message.fingerprint), FINGERPRINT_BYTES_MIN, FINGERPRINT_BYTES_MAX, "fingerprint length")
+    return NamespaceSpec(
+        key=NamespaceKey(tenant, message.fingerprint),
+        label=require_text(message.label, "label"),
+        block_size_bytes=require_between(message.block_size_bytes, 1, block_size_bytes_max, "block_size_bytes"),
+        tokens_per_block=require_between(message.tokens_per_block, 1, 1 << 20, "tokens_per_block"),
+        hash_size_bytes=require_between(
+            message.hash_size_bytes, HASH_SIZE_BYTES_MIN, HASH_SIZE_BYTES_MAX, "hash_size_bytes"
+        ),
+    )
+
+
+def handles(pool: SlotPool, slots: Slots) -> Iterable[tuple[int, pb.Handles]]:
+    """(blocks, their handles) for each run of slots in one segment."""
+    if not len(slots):
+        return
+    for segment, places, generations in pool.locate(slots):
+        yield (
+            len(places),
+            pb.Handles(
+                shared_memory=pb.SharedMemoryHandles(
+                    segment_id=segment.segment_id, slots=places.tolist(), generations=generations.tolist()
+                )
+            ),
+        )
+
+
+def lookup_response(looked: outcomes.Looked) -> pb.LookupResponse:
+    """Lookup's answer."""
+    response = pb.LookupResponse(hit_blocks=looked.dram_blocks)
+    if looked.dram_blocks:
+        response.runs.add(blocks=looked.dram_blocks, held=pb.TIER_DRAM)
+    if looked.dram_blocks < looked.blocks:
+        response.runs.add(blocks=1, miss=MISSES[looked.miss])
+    if looked.dram_blocks + 1 < looked.blocks:
+        response.runs.add(blocks=looked.blocks - looked.dram_blocks - 1, miss=pb.MISS_REASON_PREFIX_MISSING)
+    return response
+
+
+def get_response(granted: outcomes.Granted) -> pb.GetResponse:
+    """Get's answer."""
+    response = pb.GetResponse(lease_id=granted.hold_id, lease_ms=int(granted.duration_s * 1000))
+    for blocks, of_run in handles(granted.pool, granted.slots):
+        response.runs.add(blocks=blocks, handles=of_run)
+    if granted.missed:
+        is_limit = granted.miss is outcomes.Miss.OVER_LIMIT
+        response.runs.add(blocks=granted.missed if is_limit else 1, miss=MISSES[granted.miss])
+        if not is_limit and granted.missed > 1:
+            response.runs.add(blocks=granted.missed - 1, miss=pb.MISS_REASON_PREFIX_MISSING)
+    return response
+
+
+def put_response(reserved: outcomes.Reserved) -> pb.PutResponse:
+    """Put's answer."""
+    response = pb.PutResponse(reservation_id=reserved.hold_id, lease_ms=int(reserved.duration_s * 1000))
+    for blocks, written in reserved.known:
+        if written is outcomes.Written.HELD:
+            response.runs.add(blocks=blocks, held=pb.Held())
+        elif written is outcomes.Written.BEING_WRITTEN:
+            response.runs.add(blocks=blocks, being_written=pb.BeingWritten())
+        else:
+            response.runs.add(blocks=blocks, refused=pb.Refused(reason=pb.REFUSED_REASON_PARENT_MISSING))
+    for blocks, of_run in handles(reserved.pool, reserved.slots):
+        response.runs.add(blocks=blocks, reserved=of_run)
+    return response
+
+
+def commit_response(runs: Iterable[tuple[int, outcomes.Committed | DropReason]]) -> pb.CommitResponse:
+    """Commit's answer."""
+    response = pb.CommitResponse()
+    for blocks, outcome in runs:
+        if outcome is outcomes.Committed.PUBLISHED:
+            response.runs.add(blocks=blocks, published=pb.Published())
+        elif outcome is outcomes.Committed.AWAITING_PARENT:
+            response.runs.add(blocks=blocks, awaiting_parent=pb.AwaitingParent())
+        elif isinstance(outcome, DropReason):
+            response.runs.add(blocks=blocks, dropped=DROPS[outcome])
+    return response
+
+
+def prefetch_response(looked: outcomes.Looked) -> pb.PrefetchResponse:
+    """Prefetch's answer: what is held is in DRAM already."""
+    response = pb.PrefetchResponse()
+    if looked.dram_blocks:
+        response.runs.add(blocks=looked.dram_blocks, held=pb.TIER_DRAM)
+    if looked.dram_blocks < looked.blocks:
+        response.runs.add(blocks=1, miss=MISSES[looked.miss])
+    if looked.dram_blocks + 1 < looked.blocks:
+        response.runs.add(blocks=looked.blocks - looked.dram_blocks - 1, miss=pb.MISS_REASON_PREFIX_MISSING)
+    return response
+
+
+def explain_response(explanations: Iterable[outcomes.Explanation]) -> pb.ExplainResponse:
+    """Explain's answer."""
+    response = pb.ExplainResponse()
+    for explanation in explanations:
+        message = response.explanations.add()
+        if explanation.spec is not None:
+            message.label = explanation.spec.label
+            message.fingerprint = explanation.spec.key.fingerprint
+        _put_finding(message, explanation.finding)
+    return response
+
+
+def _put_finding(message: pb.Explanation, finding: outcomes.Finding) -> None:
+    match finding:
+        case outcomes.Held():
+            message.held.CopyFrom(
+                pb.HeldFinding(
+                    tiers=[TIERS[tier] for tier in finding.tiers],
+                    depth=finding.depth,
+                    children=finding.children,
+                    idle_s=finding.idle_s,
+                    uses=finding.uses,
+                    holders=finding.holders,
+                    checksummed=finding.is_checksummed,
+                )
+            )
+        case outcomes.BeingStored():
+            message.reserved.CopyFrom(pb.ReservedFinding(age_s=finding.age_s, written=finding.is_written))
+        case outcomes.Dropped():
+            message.dropped.CopyFrom(
+                pb.DroppedFinding(reason=DROPS[finding.reason], ago_s=finding.ago_s, idle_s=finding.idle_s)
+            )
+        case outcomes.Elsewhere():
+            message.namespace_mismatch.CopyFrom(pb.NamespaceMismatch(held_under_labels=finding.labels))
+        case outcomes.NotRemembered():
+            message.not_remembered.CopyFrom(
+                pb.NotRemembered(history_blocks=finding.history_blocks, horizon_s=finding.horizon_s)
+            )

@@ -1,0 +1,83 @@
+"""Stats: the state of the daemon, and of the caller's tenant, as a message."""
+
+from __future__ import annotations
+
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+from kvservice import __version__
+from kvservice.blocks import DropReason, Tenant
+from kvservice.leases import HoldKind
+from kvservice.service.messages import TIERS
+from kvservice.store import Namespace, Peer, Store
+
+_EVICTIONS = (DropReason.CAPACITY, DropReason.QUOTA, DropReason.RECLAIMED)
+
+
+def stats(store: Store, tenant: Tenant, *, epoch: str, started_at_s: float, state: str, planes: str) -> pb.StatsResponse:
+    """Totals of the daemon; namespaces and instances of the tenant only."""
+    leases = store.leases
+    usage = store.arena.usage()
+    return pb.StatsResponse(
+        daemon_version=__version__,
+        daemon_epoch=epoch,
+        uptime_s=store.clock() - started_at_s,
+        state=state,
+        planes=planes,
+        instances=store.instances.attached,
+        leases=leases.count(HoldKind.READ),
+        reservations=leases.count(HoldKind.WRITE),
+        quarantined_slots=leases.quarantined_slots(),
+        tiers=[
+            pb.TierStats(
+                tier=TIERS[store.arena.tier],
+                state=usage.state,
+                capacity_bytes=usage.capacity_bytes,
+                used_bytes=usage.used_bytes,
+            )
+        ],
+        namespaces=[
+            _namespace_stats(namespace) for namespace in store.namespaces.values() if namespace.spec.key.tenant == tenant
+        ],
+        attached_instances=[
+            _instance_stats(store, instance)
+            for instance in store.instances
+            if instance.is_attached and instance.tenant == tenant
+        ],
+    )
+
+
+def _namespace_stats(namespace: Namespace) -> pb.NamespaceStats:
+    spec, counters = namespace.spec, namespace.counters
+    return pb.NamespaceStats(
+        label=spec.label,
+        fingerprint=spec.key.fingerprint,
+        tenant=spec.key.tenant,
+        block_size_bytes=spec.block_size_bytes,
+        tokens_per_block=spec.tokens_per_block,
+        dram_bytes=namespace.pool.size_bytes,
+        quota_bytes=namespace.quota_bytes,
+        blocks=len(namespace.index),
+        slots_free=namespace.pool.free_slots,
+        sessions=len(namespace.sessions),
+        requested_blocks=counters.requested,
+        dram_hit_blocks=counters.dram_hits,
+        nvme_hit_blocks=counters.nvme_hits,
+        miss_blocks=counters.misses,
+        committed_blocks=counters.committed,
+        evicted_blocks=sum(counters.dropped.get(reason, 0) for reason in _EVICTIONS),
+        policy=namespace.policy.name,
+    )
+
+
+def _instance_stats(store: Store, instance: Peer) -> pb.InstanceStats:
+    instance_id, leases = instance.instance_id, store.leases
+    return pb.InstanceStats(
+        instance_id=instance_id,
+        name=instance.name,
+        tenant=instance.tenant,
+        process_id=instance.identity.process_id,
+        attached_s=store.clock() - instance.connected_at_s,
+        leases=leases.count(HoldKind.READ, instance_id=instance_id),
+        reservations=leases.count(HoldKind.WRITE, instance_id=instance_id),
+        quarantined_slots=leases.quarantined_slots(instance_id=instance_id),
+    )

@@ -1,0 +1,75 @@
+"""sessions: conversations and the ends of their chains.
+
+A session is known by the deepest blocks that its requests stored or read (its *tips*; more than
+one when a reply was regenerated). Everything before a tip is part of the conversation, shared or
+not. Pure; bounded: the session used longest ago is dropped from the books (its blocks stay).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from kvservice.blocks import NO_ROW, Rows
+
+TIPS_PER_SESSION_MAX = 8
+
+
+class Sessions:
+    """The sessions of one namespace, by their id."""
+
+    def __init__(self, *, sessions_max: int) -> None:
+        self._sessions_max = sessions_max
+        self._tips: OrderedDict[str, dict[int, None]] = OrderedDict()
+        self._by_tip: dict[int, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tips)
+
+    def extend(self, session_id: str, chain: Rows, tip: int) -> None:
+        """A request of the session used the rows of `chain`, the deepest of which is `tip`."""
+        tips = self._tips.setdefault(session_id, {})
+        self._tips.move_to_end(session_id)
+        for old in [old for old in tips if old in chain]:
+            self._unmark(session_id, old)
+        tips[tip] = None
+        self._by_tip.setdefault(tip, set()).add(session_id)
+        if len(tips) > TIPS_PER_SESSION_MAX:
+            self._unmark(session_id, next(iter(tips)))
+        if len(self._tips) > self._sessions_max:
+            self.forget(next(iter(self._tips)))
+
+    def row_left(self, row: int, parent: int) -> None:
+        """A row left the index: sessions that ended there end at the block before it."""
+        for session_id in self._by_tip.pop(row, ()):
+            tips = self._tips[session_id]
+            del tips[row]
+            if parent != NO_ROW:
+                tips[parent] = None
+                self._by_tip.setdefault(parent, set()).add(session_id)
+            elif not tips:
+                del self._tips[session_id]
+
+    def forget(self, session_id: str) -> list[int]:
+        """Drop the session from the books; its tips, none if it is unknown."""
+        tips = list(self._tips.get(session_id, ()))
+        for tip in tips:
+            self._unmark(session_id, tip)
+        self._tips.pop(session_id, None)
+        return tips
+
+    def is_tip(self, row: int) -> bool:
+        """Whether some session ends at the row."""
+        return row in self._by_tip
+
+    def check(self) -> None:
+        """Assert that both directions agree. For tests."""
+        forward = {(session, tip) for session, tips in self._tips.items() for tip in tips}
+        backward = {(session, tip) for tip, sessions in self._by_tip.items() for session in sessions}
+        assert forward == backward, f"tips differ: {forward ^ backward}"
+
+    def _unmark(self, session_id: str, tip: int) -> None:
+        del self._tips[session_id][tip]
+        sessions = self._by_tip[tip]
+        sessions.discard(session_id)
+        if not sessions:
+            del self._by_tip[tip]

@@ -1,0 +1,12 @@
+"""store: the one owner of state. See DESIGN.md beside this file.
+
+`store` has the calls, `namespace` keeps one namespace's books in step, `registry` says which
+namespaces exist, `space` makes room, `checksummer` works behind the calls, `explain` answers why,
+`outcomes` are the answers.
+"""
+
+from kvservice.store.explain import explain
+from kvservice.store.namespace import Counters, Namespace, Peer
+from kvservice.store.store import Store
+
+__all__ = ["Counters", "Namespace", "Peer", "Store", "explain"]

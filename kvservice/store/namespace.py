@@ -1,0 +1,152 @@
+"""One namespace's blocks: tree, slots, eviction order, sessions and history, kept in step.
+
+Every way in which a block leaves goes through `drop`, so that no book forgets the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, DropReason, NamespaceSpec, Rows, Slots
+from kvservice.dram import SlotPool, slot_stride_bytes
+from kvservice.history import Departure, History
+from kvservice.index import Index, State
+from kvservice.instances import Instance
+from kvservice.metrics import Metrics
+from kvservice.policies import EvictionPolicy
+from kvservice.sessions import Sessions
+
+
+@dataclass(slots=True)
+class Counters:
+    """Blocks since the daemon started; requested = dram_hits + nvme_hits + misses."""
+
+    requested: int = 0
+    dram_hits: int = 0
+    nvme_hits: int = 0
+    misses: int = 0
+    committed: int = 0
+    dropped: dict[DropReason, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Namespace:
+    """The state of one namespace. The event loop owns it."""
+
+    spec: NamespaceSpec
+    metrics: Metrics
+    quota_bytes: int
+    """Bound on its segments; 0: only the arena's."""
+    policy: EvictionPolicy
+    sessions: Sessions
+    history: History
+    pool: SlotPool
+    index: Index = field(default_factory=Index)
+    counters: Counters = field(default_factory=Counters)
+    last_used_s: float = 0.0
+    is_retired: bool = False
+    """Dropped from the registry; memory that arrives late must not be added."""
+
+    @property
+    def stride_bytes(self) -> int:
+        """Bytes of DRAM per block."""
+        return slot_stride_bytes(self.spec.block_size_bytes)
+
+    def touch(self, rows: Rows, now_s: float) -> None:
+        """The chain `rows` (root first) was used."""
+        if len(rows):
+            self.index.last_used_s[rows] = now_s
+            self.policy.touch(rows)
+            self.last_used_s = now_s
+
+    def end_hold(self, slots: Slots) -> None:
+        """A holder let go of these slots (chain order): what is nobody's becomes free."""
+        rows = self.pool.row_of[slots]
+        self.pool.unhold(slots)
+        rows = rows[rows != NO_ROW]
+        # Blocks that were passed over by eviction while held take their place in the order again.
+        self.policy.touch(rows[self.index.state[rows] == State.RESIDENT])
+
+    def drop(self, row: int, reason: DropReason, now_s: float) -> None:
+        """Take out a block that has nothing behind it. Its slot is free at once unless held."""
+        index = self.index
+        parent, slot = int(index.parent[row]), int(index.slot[row])
+        idle_s = max(0.0, now_s - float(index.last_used_s[row]))
+        self.history.remember(index.hash_of(row), Departure(reason, now_s, idle_s))
+        self.sessions.row_left(row, parent)
+        self.policy.forget(row)
+        index.remove(row)
+        self.pool.disown(slot)
+        if parent != NO_ROW and index.first_child[parent] == NO_ROW:
+            self.policy.exposed(parent)
+        self.metrics.dropped_blocks[reason].inc()
+        self.counters.dropped[reason] = self.counters.dropped.get(reason, 0) + 1
+
+    def drop_subtrees(self, rows: Iterable[int], reason: DropReason, now_s: float) -> tuple[int, int]:
+        """Take out blocks and everything behind them.
+
+        Returns:
+            How many were dropped, and how many of those are still held.
+        """
+        dropped = held = 0
+        for top in rows:
+            if self.index.state[top] == State.ABSENT:
+                continue  # went with another one's subtree
+            for row in self.index.subtree(top):
+                held += int(self.pool.holders[self.index.slot[row]] > 0)
+                dropped += 1
+                self.drop(row, reason if row == top else self._reason_behind(reason), now_s)
+        return dropped, held
+
+    @staticmethod
+    def _reason_behind(reason: DropReason) -> DropReason:
+        # A whole session or segment going is the reason for each block of it; a single
+        # block's fate is not that of the blocks behind it.
+        return DropReason.PREFIX_LOST if reason in (DropReason.CORRUPT, DropReason.ABORTED) else reason
+
+    def evict(self, slots_wanted: int, reason: DropReason, now_s: float) -> int:
+        """Drop blocks in the policy's order until that many more slots are free, or none is left.
+
+        Returns:
+            How many became free.
+        """
+        freed = 0
+        if slots_wanted > 0:
+            for row in self.policy.victims(self._is_evictable):
+                self.drop(row, reason, now_s)
+                freed += 1
+                if freed == slots_wanted:
+                    break
+        return freed
+
+    def evictable_slots_bound(self) -> int:
+        """At most so many slots can be freed by eviction now."""
+        return int(np.count_nonzero((self.pool.holders == 0) & (self.pool.row_of != NO_ROW)))
+
+    def check(self) -> None:
+        """Assert this namespace's invariants. For tests; O(n)."""
+        self.index.check()
+        self.pool.check()
+        self.sessions.check()
+        present = np.flatnonzero(self.index.state != State.ABSENT)
+        slots = self.index.slot[present]
+        assert (self.pool.row_of[slots] == present).all(), "a row's slot belongs to another row"
+        owned = np.flatnonzero(self.pool.row_of != NO_ROW)
+        assert len(owned) == len(present), "a slot belongs to a row that is absent"
+        reserved = self.index.state[present] == State.RESERVED
+        assert (self.pool.holders[slots[reserved]] > 0).all(), "a reserved block without its writer"
+
+    def _is_evictable(self, row: int) -> bool:
+        index = self.index
+        return bool(
+            index.state[row] == State.RESIDENT
+            and index.first_child[row] == NO_ROW
+            and self.pool.holders[index.slot[row]] == 0
+        )
+
+
+Peer = Instance[Namespace]
+"""A connected process, as the store knows it."""

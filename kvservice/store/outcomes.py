@@ -1,0 +1,144 @@
+"""What the store answers: per-block outcomes as runs, so that a thousand equal ones are one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvservice.blocks import DropReason, NamespaceSpec, Slots, Tier
+from kvservice.dram import SlotPool
+
+
+class Miss(Enum):
+    """Why a block was not handed out."""
+
+    NOT_HELD = "not_held"
+    BEING_WRITTEN = "being_written"
+    PREFIX_MISSING = "prefix_missing"
+    OVER_LIMIT = "over_limit"
+
+
+class Written(Enum):
+    """Why there is nothing to write for a block of a Put, or why it may not be."""
+
+    HELD = "held"
+    BEING_WRITTEN = "being_written"
+    PARENT_MISSING = "parent_missing"
+
+
+class Committed(Enum):
+    """What Commit did to a block; a DropReason where it was gone."""
+
+    PUBLISHED = "published"
+    AWAITING_PARENT = "awaiting_parent"
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Lookup: `dram_blocks` lead, the rest misses for `miss`."""
+
+    dram_blocks: int
+    blocks: int
+    miss: Miss
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Get: the leading `slots` are leased (hold 0: none), `missed` blocks follow."""
+
+    hold_id: int
+    duration_s: float
+    pool: SlotPool
+    slots: Slots
+    missed: int
+    miss: Miss
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Put: `known` outcomes of leading blocks as runs, then `slots` to write."""
+
+    hold_id: int
+    duration_s: float
+    known: list[tuple[int, Written]]
+    pool: SlotPool
+    slots: Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """Renew: how long the holds now last."""
+
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Release: holds that were live, and that had expired."""
+
+    live: int
+    expired: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Forget: blocks dropped, and how many of them are still leased."""
+
+    dropped: int
+    in_use: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Explain: the block is a hit."""
+
+    tiers: tuple[Tier, ...]
+    depth: int
+    children: int
+    idle_s: float
+    uses: int
+    holders: int
+    is_checksummed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BeingStored:
+    """Explain: reserved, or committed and waiting for the block before it."""
+
+    age_s: float
+    is_written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Explain: it was here."""
+
+    reason: DropReason
+    ago_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Explain: not in this namespace, but in others of the tenant."""
+
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NotRemembered:
+    """Explain: never stored, or dropped before the horizon."""
+
+    history_blocks: int
+    horizon_s: float
+
+
+Finding = Held | BeingStored | Dropped | Elsewhere | NotRemembered
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One namespace's finding; `spec` is None where no namespace knows the hash."""
+
+    spec: NamespaceSpec | None
+    finding: Finding = field(default_factory=lambda: NotRemembered(0, 0.0))

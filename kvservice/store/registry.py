@@ -1,0 +1,100 @@
+"""Which namespaces exist: bounded, made on first attach, the coldest unused one dropped for a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec
+from kvservice.config import Config
+from kvservice.dram import SlotPool, slot_stride_bytes
+from kvservice.errors import CapacityExhausted, InvalidRequest, LayoutMismatch
+from kvservice.history import History
+from kvservice.metrics import Metrics
+from kvservice.policies import make_policy
+from kvservice.sessions import Sessions
+from kvservice.store.namespace import Namespace
+from kvservice.store.space import Space
+
+
+class Registry:
+    """The namespaces by key."""
+
+    def __init__(
+        self,
+        config: Config,
+        space: Space,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float],
+        is_idle: Callable[[Namespace], bool],
+    ) -> None:
+        """`is_idle` tells whether nobody attached a namespace or holds slots of it."""
+        self.namespaces: dict[NamespaceKey, Namespace] = {}
+        self.config = config
+        self.clock = clock
+        self._space = space
+        self._metrics = metrics
+        self._is_idle = is_idle
+
+    def require_fits(self, spec: NamespaceSpec) -> None:
+        """Raise InvalidRequest if not even one block would fit."""
+        stride_bytes = slot_stride_bytes(spec.block_size_bytes)
+        rule = self.config.rule_for(spec.label)
+        bound, knob = self.config.dram_bytes, "dram_bytes"
+        if rule.dram_quota_bytes and rule.dram_quota_bytes < bound:
+            bound, knob = rule.dram_quota_bytes, "dram_quota_bytes"
+        if stride_bytes > bound:
+            raise InvalidRequest(
+                f"a block takes {stride_bytes} bytes, {knob} is {bound}: raise it or use smaller blocks",
+                field="block_size_bytes",
+            )
+
+    async def namespace_for(self, spec: NamespaceSpec) -> Namespace:
+        """The namespace of that key, with at least one segment of memory.
+
+        Raises:
+            LayoutMismatch: it exists with other sizes.
+            CapacityExhausted: no memory or no place for another namespace.
+        """
+        existing = self.namespaces.get(spec.key)
+        if existing is None:
+            existing = await self._make_namespace(spec)
+        if not existing.spec.same_geometry(spec):
+            raise LayoutMismatch(
+                f"this fingerprint is held with {existing.spec.block_size_bytes} bytes and "
+                f"{existing.spec.tokens_per_block} tokens per block and {existing.spec.hash_size_bytes}-byte hashes, "
+                f"not {spec.block_size_bytes}, {spec.tokens_per_block} and {spec.hash_size_bytes}: "
+                "put whatever differs into the fingerprint"
+            )
+        while not existing.pool.live_segments():
+            await self._space.make_room(existing, 1)
+        return existing
+
+    async def _make_namespace(self, spec: NamespaceSpec) -> Namespace:
+        if len(self.namespaces) >= self.config.namespaces_max:
+            await self._drop_coldest_namespace()
+        rule = self.config.rule_for(spec.label)
+        namespace = Namespace(
+            spec=spec,
+            metrics=self._metrics,
+            quota_bytes=rule.dram_quota_bytes,
+            policy=make_policy(rule.policy),
+            sessions=Sessions(sessions_max=self.config.sessions_max),
+            history=History(blocks_max=self.config.explain_history_blocks),
+            pool=SlotPool(
+                slot_stride_bytes(spec.block_size_bytes),
+                self._space.slots_per_segment(slot_stride_bytes(spec.block_size_bytes)),
+            ),
+            last_used_s=self.clock(),
+        )
+        return self.namespaces.setdefault(spec.key, namespace)
+
+    async def _drop_coldest_namespace(self) -> None:
+        idle = [namespace for namespace in self.namespaces.values() if self._is_idle(namespace)]
+        if not idle:
+            raise CapacityExhausted(f"{self.config.namespaces_max} namespaces are in use (namespaces_max)")
+        coldest = min(idle, key=lambda namespace: namespace.last_used_s)
+        coldest.drop_subtrees(coldest.index.roots().tolist(), DropReason.RECLAIMED, self.clock())
+        coldest.is_retired = True
+        del self.namespaces[coldest.spec.key]
+        await self._space.release_all(coldest)

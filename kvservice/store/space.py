@@ -1,0 +1,161 @@
+"""How room is made: a new segment, else eviction, else a segment of a namespace above its share.
+
+Sharing is max-min fair: while the arena is full, a namespace below an equal share may take a
+segment from the one that is furthest above it. A segment changes hands as bytes of the budget
+only: its memory is punched out and closed, and the other namespace gets fresh, zeroed memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, DropReason
+from kvservice.dram import Arena, Segment
+from kvservice.errors import CapacityExhausted, QuotaExceeded
+from kvservice.store.namespace import Namespace
+
+SegmentsChangedCallback = Callable[[Namespace, list[int], list[int]], None]
+"""(namespace, added segment ids, retired segment ids)"""
+
+
+class Space:
+    """Makes room in namespaces' pools out of one arena."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        *,
+        segment_bytes: int,
+        executor: Executor,
+        clock: Callable[[], float],
+        namespaces: Callable[[], Iterable[Namespace]],
+        on_segments_changed: SegmentsChangedCallback,
+    ) -> None:
+        self.arena = arena
+        self._segment_bytes = segment_bytes
+        self._executor = executor
+        self._clock = clock
+        self._namespaces = namespaces
+        self._on_segments_changed = on_segments_changed
+
+    def slots_per_segment(self, stride_bytes: int) -> int:
+        """How many slots a full segment of that stride has; at least one."""
+        return max(1, self._segment_bytes // stride_bytes)
+
+    async def make_room(self, namespace: Namespace, slots_wanted: int) -> None:
+        """Do one step towards `slots_wanted` free slots; call again until there are enough.
+
+        Raises:
+            QuotaExceeded, CapacityExhausted: everything that could leave is in use. Nothing was
+                evicted.
+        """
+        if await self.grow(namespace):
+            return
+        missing = slots_wanted - namespace.pool.free_slots
+        if namespace.pool.size_bytes < self._share_bytes() and not self._is_at_quota(namespace):
+            donor, position = self._segment_to_reclaim(namespace)
+            if donor is not None:
+                await self._reclaim(donor, position)
+                return
+        evictable = namespace.evictable_slots_bound()
+        if missing > evictable:
+            raise self._refusal(namespace, slots_wanted, evictable)
+        at_quota = self._is_at_quota(namespace)
+        reason = DropReason.QUOTA if at_quota else DropReason.CAPACITY
+        if namespace.evict(missing, reason, self._clock()) < missing:
+            raise self._refusal(namespace, slots_wanted, namespace.pool.free_slots)
+
+    async def grow(self, namespace: Namespace) -> bool:
+        """Add a segment if arena and quota have room for at least one slot; whether it did."""
+        stride_bytes = namespace.stride_bytes
+        room_bytes = self.arena.unused_bytes
+        if namespace.quota_bytes:
+            room_bytes = min(room_bytes, namespace.quota_bytes - namespace.pool.size_bytes)
+        slots = min(namespace.pool.slots_per_segment, room_bytes // stride_bytes)
+        if slots < 1:
+            return False
+        size_bytes = slots * stride_bytes
+        segment_id = self.arena.promise(size_bytes)
+        loop = asyncio.get_running_loop()
+        try:
+            segment = await loop.run_in_executor(
+                self._executor,
+                lambda: self.arena.make_segment(segment_id, stride_bytes=stride_bytes, slots=slots),
+            )
+        except OSError as error:
+            self.arena.give_back(size_bytes)
+            raise CapacityExhausted(
+                f"the system gave no memory for a segment of {size_bytes} bytes ({error}); "
+                "lower dram_bytes or raise the memory limit"
+            ) from error
+        except BaseException:
+            self.arena.give_back(size_bytes)
+            raise
+        if namespace.is_retired:
+            segment.close()
+            self.arena.give_back(size_bytes)
+            raise CapacityExhausted("the namespace was dropped meanwhile: attach again")
+        namespace.pool.add(segment)
+        self._on_segments_changed(namespace, [segment.segment_id], [])
+        return True
+
+    async def release_all(self, namespace: Namespace) -> None:
+        """Give every segment back; all slots must be free."""
+        for position, _ in namespace.pool.live_segments():
+            await self._give_back(namespace, namespace.pool.drop(position))
+
+    def _share_bytes(self) -> int:
+        return self.arena.capacity_bytes // max(1, sum(1 for _ in self._namespaces()))
+
+    def _is_at_quota(self, namespace: Namespace) -> bool:
+        quota_bytes = namespace.quota_bytes
+        return quota_bytes > 0 and namespace.pool.size_bytes + namespace.stride_bytes > quota_bytes
+
+    def _refusal(self, namespace: Namespace, wanted: int, available: int) -> CapacityExhausted:
+        if self._is_at_quota(namespace):
+            return QuotaExceeded(
+                f"{wanted} blocks wanted, {available} could leave: the rest of the namespace's quota of "
+                f"{namespace.quota_bytes} bytes is in use (leased, being written or quarantined)"
+            )
+        return CapacityExhausted(
+            f"{wanted} blocks wanted, {available} could leave: the rest of the arena is in use "
+            "(leased, being written or quarantined); raise dram_bytes or hold leases for a shorter time"
+        )
+
+    def _segment_to_reclaim(self, taker: Namespace) -> tuple[Namespace | None, int]:
+        """The coldest segment without holders in the namespace furthest above its share."""
+        share_bytes = self._share_bytes()
+        above = [other for other in self._namespaces() if other is not taker and other.pool.size_bytes > share_bytes]
+        for donor in sorted(above, key=lambda other: other.pool.size_bytes, reverse=True):
+            coldest = min(self._temperatures(donor), default=None)
+            if coldest is not None:
+                return donor, coldest[1]
+        return None, 0
+
+    def _temperatures(self, namespace: Namespace) -> Iterable[tuple[float, int]]:
+        """(mean time of last use, position) of the segments that nobody holds slots of."""
+        pool, index = namespace.pool, namespace.index
+        for position, segment in pool.live_segments():
+            first = position * pool.slots_per_segment
+            slots = slice(first, first + segment.slots)
+            if not pool.holders[slots].any():
+                rows = pool.row_of[slots]
+                rows = rows[rows != NO_ROW]
+                yield (float(np.sum(index.last_used_s[rows])) / segment.slots, position)
+
+    async def _reclaim(self, donor: Namespace, position: int) -> None:
+        pool = donor.pool
+        first = position * pool.slots_per_segment
+        rows = pool.row_of[first : first + pool.slots_per_segment]
+        donor.drop_subtrees(rows[rows != NO_ROW].tolist(), DropReason.RECLAIMED, self._clock())
+        await self._give_back(donor, pool.drop(position))
+
+    async def _give_back(self, namespace: Namespace, segment: Segment) -> None:
+        # Holders of the mapping hear of it before the memory is punched out under it.
+        self._on_segments_changed(namespace, [], [segment.segment_id])
+        await asyncio.get_running_loop().run_in_executor(self._executor, segment.close)
+        self.arena.give_back(segment.size_bytes)

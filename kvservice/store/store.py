@@ -1,0 +1,503 @@
+"""The single owner of mutable state: every call of the contract as one method on nouns.
+
+Runs on the event loop and nowhere else. A method either changes all its books or raises before
+the first change; between two awaits nothing else runs. Only `attach` and `put` wait (for memory
+being made); both look again at everything after waiting.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+
+import numpy as np
+
+from kvservice.blocks import (
+    NO_ROW,
+    BlockHash,
+    DropReason,
+    NamespaceKey,
+    NamespaceSpec,
+    Rows,
+    split_hashes,
+)
+from kvservice.config import Config
+from kvservice.dram import Arena
+from kvservice.errors import Draining, InvalidRequest, NamespaceUnknown
+from kvservice.index import State
+from kvservice.instances import DrainNotice, Identity, Instances, SegmentsChanged
+from kvservice.leases import Hold, HoldKind, Leases
+from kvservice.metrics import Metrics
+from kvservice.store.checksummer import Checksummer
+from kvservice.store.namespace import Namespace, Peer
+from kvservice.store.outcomes import (
+    Committed,
+    Ended,
+    Forgotten,
+    Granted,
+    Looked,
+    Miss,
+    Renewed,
+    Reserved,
+    Written,
+)
+from kvservice.store.registry import Registry
+from kvservice.store.space import Space
+
+_UPKEEP_EVICTION_SLICE = 512
+
+
+class Store:
+    """All namespaces, instances, leases and memory of one daemon."""
+
+    def __init__(self, config: Config, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.clock = clock
+        self.is_draining = False
+        self.instances: Instances[Namespace] = Instances(
+            connections_max=config.connections_max, instances_max=config.instances_max
+        )
+        self.leases = Leases(
+            first_id=secrets.randbits(62) + 1,
+            per_instance_max={
+                HoldKind.READ: config.leases_per_instance_max,
+                HoldKind.WRITE: config.reservations_per_instance_max,
+            },
+        )
+        self.arena = Arena(
+            capacity_bytes=config.dram_bytes, huge_pages=config.dram_huge_pages, numa_node=config.dram_numa_node
+        )
+        self.checksummer = Checksummer(metrics, threads=config.checksum_threads)
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="memory")
+        self._space = Space(
+            self.arena,
+            segment_bytes=config.dram_segment_bytes,
+            executor=self._executor,
+            clock=clock,
+            namespaces=lambda: self.namespaces.values(),
+            on_segments_changed=self._tell_segments_changed,
+        )
+        self._registry = Registry(config, self._space, metrics, clock=clock, is_idle=self._is_idle_namespace)
+        self.namespaces: dict[NamespaceKey, Namespace] = self._registry.namespaces
+
+    # ------------------------------------------------------------ connections
+
+    def connect(self, identity: Identity) -> Peer:
+        """A process proved who it is; it gets a token. Raises Overloaded, Draining."""
+        self._refuse_while_draining()
+        return self.instances.connect(identity, identity.tenant(self.config.tenants), self.clock())
+
+    async def attach(self, instance: Peer, name: str, specs: Sequence[NamespaceSpec]) -> list[int]:
+        """The process becomes an instance of these namespaces, each with memory to write to.
+
+        Returns:
+            The ids of the segments to map.
+
+        Raises:
+            InvalidRequest, LayoutMismatch, CapacityExhausted, Overloaded, Draining.
+        """
+        self._refuse_while_draining()
+        for spec in specs:
+            self._registry.require_fits(spec)
+        self.instances.attach(instance, name)
+        try:
+            for spec in specs:
+                instance.namespaces.append(await self._registry.namespace_for(spec))
+        except BaseException:
+            instance.namespaces.clear()
+            self.instances.detach(instance)
+            raise
+        segments = [segment for namespace in instance.namespaces for _, segment in namespace.pool.live_segments()]
+        return [segment.segment_id for segment in segments]
+
+    def detach(self, instance: Peer) -> None:
+        """The instance's stream broke: its holds expire; its slots wait for the process."""
+        if instance.is_attached:
+            self.instances.detach(instance)
+            self._expire(self.leases.expire_instance(instance.instance_id))
+
+    def hang_up(self, instance: Peer) -> None:
+        """The process is gone: all that it held is free."""
+        self.detach(instance)
+        for hold in self.leases.of_instance(instance.instance_id):
+            self._end(hold)
+        self.instances.hang_up(instance)
+
+    def namespace(self, instance: Peer, namespace_id: int) -> Namespace:
+        """The attached namespace of that wire id.
+
+        Raises:
+            NamespaceUnknown: not of this attachment.
+        """
+        if not instance.is_attached or not 1 <= namespace_id <= len(instance.namespaces):
+            raise NamespaceUnknown(f"namespace id {namespace_id} is not of this attachment: attach again")
+        return instance.namespaces[namespace_id - 1]
+
+    # ---------------------------------------------------- lookup, get, release
+
+    def lookup(self, instance: Peer, namespace_id: int, packed: bytes) -> Looked:
+        """How many leading blocks are held. No side effect."""
+        namespace = self.namespace(instance, namespace_id)
+        hashes = self._hashes(namespace, packed)
+        hit = namespace.index.hit_length(hashes)
+        return Looked(hit, len(hashes), self._miss_after(namespace, hashes, hit))
+
+    def get(
+        self,
+        instance: Peer,
+        namespace_id: int,
+        packed: bytes,
+        *,
+        session_id: str,
+        request_id: str,
+        duration_s: float,
+        max_blocks: int,
+    ) -> Granted:
+        """Lease the longest held prefix of at most `max_blocks` blocks (0: all)."""
+        self._refuse_while_draining()
+        namespace = self.namespace(instance, namespace_id)
+        hashes = self._hashes(namespace, packed)
+        self.leases.require_room(HoldKind.READ, instance.instance_id)
+        hit = namespace.index.hit_length(hashes)
+        leased = min(hit, max_blocks) if max_blocks else hit
+        rows = namespace.index.rows_of(hashes[:leased])
+        now_s, duration_s = self.clock(), self._duration_s(duration_s)
+        slots = namespace.index.slot[rows]
+        counters = namespace.counters
+        counters.requested += len(hashes)
+        counters.dram_hits += leased
+        counters.misses += len(hashes) - leased
+        hold_id = 0
+        if leased:
+            namespace.pool.hold(slots)
+            namespace.touch(rows, now_s)
+            namespace.index.uses[rows] += 1
+            if session_id:
+                namespace.sessions.extend(session_id, rows, int(rows[-1]))
+            hold = self.leases.grant(
+                HoldKind.READ,
+                instance_id=instance.instance_id,
+                request_id=request_id,
+                session_id=session_id,
+                namespace=namespace.spec.key,
+                slots=slots,
+                now_s=now_s,
+                duration_s=duration_s,
+            )
+            hold_id = hold.hold_id
+        miss = Miss.OVER_LIMIT if leased < hit else self._miss_after(namespace, hashes, hit)
+        return Granted(hold_id, duration_s, namespace.pool, slots, len(hashes) - leased, miss)
+
+    def renew(
+        self, instance: Peer, lease_ids: Sequence[int], reservation_ids: Sequence[int], duration_s: float
+    ) -> Renewed:
+        """Extend holds; all or none.
+
+        Raises:
+            LeaseUnknown, LeaseExpired, ReservationLost.
+        """
+        now_s, duration_s = self.clock(), self._duration_s(duration_s)
+        holds = self._find_all(instance, HoldKind.READ, lease_ids)
+        holds += self._find_all(instance, HoldKind.WRITE, reservation_ids)
+        for hold in holds:
+            self.leases.require_live(hold, now_s)
+        for hold in holds:
+            self.leases.renew(hold, now_s=now_s, duration_s=duration_s)
+        return Renewed(duration_s)
+
+    def release(self, instance: Peer, lease_ids: Sequence[int], request_id: str) -> Ended:
+        """End leases, and all holds of a request; all or none.
+
+        Raises:
+            LeaseUnknown: a lease id is not this instance's, or is named twice.
+        """
+        holds = self._find_all(instance, HoldKind.READ, lease_ids)
+        if request_id:
+            holds += [hold for hold in self.leases.of_request(instance.instance_id, request_id) if hold not in holds]
+        for hold in holds:
+            self._end(hold)
+        expired = sum(hold.expired for hold in holds)
+        return Ended(len(holds) - expired, expired)
+
+    # ------------------------------------------------------ put, commit, abort
+
+    async def put(
+        self,
+        instance: Peer,
+        namespace_id: int,
+        parent: bytes,
+        packed: bytes,
+        *,
+        session_id: str,
+        request_id: str,
+        duration_s: float,
+    ) -> Reserved:
+        """Reserve slots for the blocks of a chain that are not held yet, all or none.
+
+        Raises:
+            InvalidRequest, NamespaceUnknown, CapacityExhausted, QuotaExceeded, Overloaded, Draining.
+        """
+        self._refuse_while_draining()
+        while True:
+            namespace = self.namespace(instance, namespace_id)
+            hashes = self._hashes(namespace, packed)
+            self.leases.require_room(HoldKind.WRITE, instance.instance_id)
+            parent_row = self._parent_row(namespace, parent)
+            if parent and parent_row == NO_ROW:
+                return Reserved(0, 0.0, [(len(hashes), Written.PARENT_MISSING)], namespace.pool, np.zeros(0, np.int32))
+            rows = namespace.index.rows_of(hashes, parent=parent_row)
+            missing = len(hashes) - len(rows)
+            if missing <= namespace.pool.free_slots:
+                break
+            front = int(rows[-1]) if len(rows) else parent_row
+            await self._make_room(namespace, missing, front)
+        known = self._known_runs(namespace, rows)
+        if not missing:
+            return Reserved(0, 0.0, known, namespace.pool, np.zeros(0, np.int32))
+        now_s, duration_s = self.clock(), self._duration_s(duration_s)
+        slots = namespace.pool.allocate(missing)
+        behind = int(rows[-1]) if len(rows) else parent_row
+        inserted = namespace.index.insert(behind, hashes[len(rows) :], slots)
+        namespace.index.last_used_s[inserted] = now_s
+        namespace.pool.row_of[slots] = inserted
+        hold = self.leases.grant(
+            HoldKind.WRITE,
+            instance_id=instance.instance_id,
+            request_id=request_id,
+            session_id=session_id,
+            namespace=namespace.spec.key,
+            slots=slots,
+            now_s=now_s,
+            duration_s=duration_s,
+        )
+        return Reserved(hold.hold_id, duration_s, known, namespace.pool, slots)
+
+    def commit(
+        self, instance: Peer, reservation_id: int, positions: Sequence[int]
+    ) -> list[tuple[int, Committed | DropReason]]:
+        """Publish written blocks; the outcomes as runs, in chain order.
+
+        Args:
+            positions: places among the slots that the Put reserved; empty: all still reserved.
+
+        Raises:
+            LeaseUnknown, ReservationLost, InvalidRequest.
+        """
+        hold = self._find_all(instance, HoldKind.WRITE, [reservation_id])[0]
+        now_s = self.clock()
+        self.leases.require_live(hold, now_s)
+        chosen = self._chosen(hold, positions)
+        namespace = self.namespaces[hold.namespace]
+        slots = hold.slots[chosen]
+        rows = namespace.pool.row_of[slots]
+        alive = rows[rows != NO_ROW]
+        if len(alive):
+            resident = namespace.index.publish(alive, now_s)
+            namespace.touch(resident, now_s)
+            namespace.counters.committed += len(alive)
+            self.metrics.committed_blocks.inc(len(alive))
+            self.metrics.committed_bytes.inc(len(alive) * namespace.spec.block_size_bytes)
+            self.checksummer.submit(namespace, slots)
+            if hold.session_id:
+                namespace.sessions.extend(
+                    hold.session_id,
+                    np.append(alive, namespace.index.parent[alive[0]]),
+                    int(alive[-1]),
+                )
+        states = namespace.index.state[rows]
+        outcomes: list[Committed | DropReason] = [
+            DropReason.PREFIX_LOST
+            if row == NO_ROW
+            else (Committed.PUBLISHED if state == State.RESIDENT else Committed.AWAITING_PARENT)
+            for row, state in zip(rows.tolist(), states.tolist(), strict=True)
+        ]
+        namespace.pool.unhold(slots)
+        hold.slots, hold.positions = hold.slots[~chosen], hold.positions[~chosen]
+        if not len(hold.slots):
+            self.leases.end(hold)
+        return _runs(outcomes)
+
+    def abort(self, instance: Peer, reservation_id: int) -> bool:
+        """Give a reservation back; whether it had expired. Raises LeaseUnknown."""
+        hold = self._find_all(instance, HoldKind.WRITE, [reservation_id])[0]
+        self._end(hold)
+        return hold.expired
+
+    # ---------------------------------------------------------------- the rest
+
+    def forget_session(self, instance: Peer, namespace_id: int, session_id: str) -> Forgotten:
+        """Drop the blocks that only this session needs: not those before another's end."""
+        namespace = self.namespace(instance, namespace_id)
+        index, now_s = namespace.index, self.clock()
+        dropped = in_use = 0
+        for tip in namespace.sessions.forget(session_id):
+            for row in list(index.ancestors(tip)) if index.state[tip] != State.ABSENT else ():
+                if index.first_child[row] != NO_ROW or namespace.sessions.is_tip(row) or index.state[row] != State.RESIDENT:
+                    break
+                more, held = namespace.drop_subtrees([row], DropReason.FORGOTTEN, now_s)
+                dropped, in_use = dropped + more, in_use + held
+        return Forgotten(dropped, in_use)
+
+    def forget_namespace(self, instance: Peer, namespace_id: int) -> Forgotten:
+        """Drop every block of the namespace; what is leased is unreachable now, freed at release."""
+        namespace = self.namespace(instance, namespace_id)
+        roots = namespace.index.roots().tolist()
+        return Forgotten(*namespace.drop_subtrees(roots, DropReason.FORGOTTEN, self.clock()))
+
+    async def upkeep(self) -> None:
+        """One round of what nobody asks for: expiries, memory ahead of need, watermarks."""
+        self._expire(self.leases.expire(self.clock()))
+        for namespace in list(self.namespaces.values()):
+            is_attached = any(namespace in instance.namespaces for instance in self.instances)
+            free_bytes = namespace.pool.free_slots * namespace.stride_bytes
+            if is_attached and free_bytes < self.config.dram_grow_ahead_bytes and not self.is_draining:
+                if await self._space.grow(namespace):
+                    continue
+            self._keep_watermarks(namespace)
+
+    def drain(self) -> None:
+        """Take no new work and tell the instances. Holds end as their requests do."""
+        self.is_draining = True
+        for instance in self.instances:
+            instance.notify(DrainNotice(self.config.drain_s))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody reads or writes: no live holds."""
+        return all(hold.expired for hold in self.leases)
+
+    def close(self) -> None:
+        """Give all memory back. Blocks until threads are done."""
+        self.checksummer.close()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        for namespace in self.namespaces.values():
+            for _, segment in namespace.pool.live_segments():
+                segment.close()
+
+    def check(self) -> None:
+        """Assert every invariant that spans rooms. For tests; O(n)."""
+        used_bytes = 0
+        held: dict[NamespaceKey, np.ndarray] = {}
+        for hold in self.leases:
+            pool = self.namespaces[hold.namespace].pool
+            counts = held.setdefault(hold.namespace, np.zeros(len(pool.holders), dtype=np.int32))
+            counts[hold.slots] += 1
+        for key, namespace in self.namespaces.items():
+            namespace.check()
+            used_bytes += namespace.pool.size_bytes
+            counts = held.get(key, np.zeros(len(namespace.pool.holders), dtype=np.int32))
+            # A batch being checksummed has one more holder for a moment.
+            extra = namespace.pool.holders - counts
+            assert ((extra == 0) | (extra == 1)).all(), f"{namespace.spec.label}: holders without a lease"
+        assert used_bytes == self.arena.used_bytes, "arena bytes are not those of the segments"
+        known = {instance.instance_id for instance in self.instances}
+        assert all(hold.instance_id in known for hold in self.leases), "a hold outlives its instance"
+
+    # ---------------------------------------------------------------- privately
+
+    def _is_idle_namespace(self, namespace: Namespace) -> bool:
+        is_attached = any(namespace in instance.namespaces for instance in self.instances)
+        return not is_attached and not (namespace.pool.holders > 0).any()
+
+    def _refuse_while_draining(self) -> None:
+        if self.is_draining:
+            raise Draining("the daemon is shutting down", retry_after_s=self.config.drain_s)
+
+    async def _make_room(self, namespace: Namespace, slots_wanted: int, front: int) -> None:
+        # The block that the new ones will follow must not be evicted to make room for them.
+        pinned = namespace.index.slot[[front]] if front != NO_ROW else np.zeros(0, np.int32)
+        namespace.pool.hold(pinned)
+        try:
+            await self._space.make_room(namespace, slots_wanted)
+        finally:
+            namespace.end_hold(pinned)
+
+    def _keep_watermarks(self, namespace: Namespace) -> None:
+        # Only memory that cannot grow is kept partly free: evicting earlier would lose hits.
+        total = sum(segment.slots for _, segment in namespace.pool.live_segments())
+        free = namespace.pool.free_slots
+        may_grow = self.arena.unused_bytes >= namespace.stride_bytes and not namespace.quota_bytes
+        if may_grow or total - free <= self.config.high_watermark * total:
+            return
+        wanted = min(int((1.0 - self.config.low_watermark) * total) - free, _UPKEEP_EVICTION_SLICE)
+        namespace.evict(wanted, DropReason.CAPACITY, self.clock())
+
+    def _expire(self, holds: Sequence[Hold]) -> None:
+        for hold in holds:
+            if hold.kind is HoldKind.WRITE:
+                self.metrics.expired_reservations.inc()
+                self._drop_unwritten(hold)
+            else:
+                self.metrics.expired_leases.inc()
+
+    def _end(self, hold: Hold) -> None:
+        if hold.kind is HoldKind.WRITE:
+            self._drop_unwritten(hold)
+        self.leases.end(hold)
+        self.namespaces[hold.namespace].end_hold(hold.slots)
+
+    def _drop_unwritten(self, hold: Hold) -> None:
+        namespace = self.namespaces[hold.namespace]
+        rows = namespace.pool.row_of[hold.slots]
+        namespace.drop_subtrees(rows[rows != NO_ROW].tolist(), DropReason.ABORTED, self.clock())
+
+    def _find_all(self, instance: Peer, kind: HoldKind, hold_ids: Sequence[int]) -> list[Hold]:
+        holds = [self.leases.find(kind, instance_id=instance.instance_id, hold_id=hold_id) for hold_id in hold_ids]
+        if len({hold.hold_id for hold in holds}) != len(holds):
+            raise InvalidRequest(f"a {kind.value} is named twice", field=f"{kind.value}_ids")
+        return holds
+
+    def _duration_s(self, asked_s: float) -> float:
+        return min(asked_s or self.config.lease_s, self.config.lease_s_max)
+
+    def _hashes(self, namespace: Namespace, packed: bytes) -> list[BlockHash]:
+        size = namespace.spec.hash_size_bytes
+        bound = self.config.hashes_per_call_max
+        if not packed:
+            raise InvalidRequest("no hashes: send at least one", field="hashes")
+        if len(packed) % size:
+            raise InvalidRequest(f"{len(packed)} bytes are not a multiple of the {size}-byte hash", field="hashes")
+        if len(packed) > size * bound:
+            raise InvalidRequest(f"{len(packed) // size} hashes, at most {bound} per call", field="hashes")
+        return split_hashes(packed, size)
+
+    def _parent_row(self, namespace: Namespace, parent: bytes) -> int:
+        if parent and len(parent) != namespace.spec.hash_size_bytes:
+            raise InvalidRequest(
+                f"{len(parent)} bytes are not one {namespace.spec.hash_size_bytes}-byte hash", field="parent"
+            )
+        return namespace.index.row_of(BlockHash(parent)) if parent else NO_ROW
+
+    def _miss_after(self, namespace: Namespace, hashes: Sequence[BlockHash], hit: int) -> Miss:
+        if hit < len(hashes) and namespace.index.row_of(hashes[hit]) != NO_ROW:
+            return Miss.BEING_WRITTEN
+        return Miss.NOT_HELD
+
+    def _known_runs(self, namespace: Namespace, rows: Rows) -> list[tuple[int, Written]]:
+        resident = int(np.count_nonzero(namespace.index.state[rows] == State.RESIDENT))
+        runs = [(resident, Written.HELD), (len(rows) - resident, Written.BEING_WRITTEN)]
+        return [run for run in runs if run[0]]
+
+    def _chosen(self, hold: Hold, positions: Sequence[int]) -> np.ndarray:
+        if not positions:
+            return np.full(len(hold.slots), True)
+        chosen = np.isin(hold.positions, positions)
+        if np.count_nonzero(chosen) != len(positions):
+            raise InvalidRequest(
+                "positions must be distinct, and reserved by the Put and not committed yet", field="positions"
+            )
+        return chosen
+
+    def _tell_segments_changed(self, namespace: Namespace, added: list[int], retired: list[int]) -> None:
+        notice = SegmentsChanged(tuple(added), tuple(retired))
+        for instance in self.instances:
+            if namespace in instance.namespaces:
+                instance.notify(notice)
+
+
+def _runs(outcomes: Sequence[Committed | DropReason]) -> list[tuple[int, Committed | DropReason]]:
+    return [(len(list(group)), outcome) for outcome, group in groupby(outcomes)]

@@ -1,0 +1,42 @@
+"""conftest: what every test may ask for: a tool of the system, a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RequireTool = Callable[[str, str], str]
+
+
+@pytest.fixture(scope="session")
+def require_tool() -> RequireTool:
+    """Call it with a program's name and its Debian package; it returns the program's path.
+
+    Without the program the test is skipped; it fails when KVSERVICE_REQUIRE_TOOLS=1, which is what CI sets,
+    so that a test cannot go missing there unnoticed.
+    """
+
+    def require(name: str, debian_package: str) -> str:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+        reason = f"{name} is not installed (Debian: apt-get install {debian_package})"
+        if os.environ.get("KVSERVICE_REQUIRE_TOOLS") == "1":
+            pytest.fail(f"{reason}, and KVSERVICE_REQUIRE_TOOLS=1 forbids skipping", pytrace=False)
+        pytest.skip(reason)
+
+    return require
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is none."""
+    # The device files, not the driver: initialising CUDA here would break every test that forks.
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine (/dev/nvidia* is missing)"))
