@@ -197,6 +197,11 @@ class SlotPool:
         return len(self._free)
 
     @property
+    def total_slots(self) -> int:
+        """Slots of all segments."""
+        return sum(segment.slots for segment in self.segments if segment)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all segments."""
         return sum(segment.size_bytes for segment in self.segments if segment)

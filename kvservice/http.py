@@ -39,7 +39,7 @@ _INDEX = """kvservice
 /readyz   200 while it takes work; 503 and the reasons: wait, or look at the reasons
 """
 
-_log = event_log("http")
+_log = event_log(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +203,7 @@ class _Server(ThreadingMixIn, TCPServer):
                         connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:  # the base class's
-        _log.debug("http connection failed", client=str(client_address))
+        _log.debug("http_connection_failed", client=str(client_address))
 
 
 class _RequestHandler(BaseHTTPRequestHandler):
@@ -212,6 +212,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
     timeout = CONNECTION_S_MAX
     server_version = "kvservice"
     sys_version = ""
+    default_request_version = "HTTP/1.0"  # with the default, 0.9, answers to garbage would carry no status line
     error_content_type = _TEXT
     error_message_format = "%(code)d %(message)s\n"
 
@@ -248,7 +249,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
         try:
             return make(self)
         except Exception as error:  # noqa: BLE001  # whatever fails in a verdict or a collector is answered and logged
-            _log.exception("http page failed", error, path=self.path)
+            _log.exception("http_page_failed", error, path=self.path)
             return _Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error; the daemon's log says more\n")
 
     def _answer(self, page: _Page) -> None:
@@ -260,4 +261,4 @@ class _RequestHandler(BaseHTTPRequestHandler):
             self.wfile.write(page.body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class names it so
-        _log.debug("http request", client=self.address_string(), request=format % args)
+        _log.debug("http_request", client=self.address_string(), request=format % args)

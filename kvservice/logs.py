@@ -2,7 +2,7 @@
 
 Built on stdlib logging, so that lines of libraries come out in the same form:
 
-    log = event_log("server")
+    log = event_log(__name__)
     log.info("attached", instance_id=3, tenant="uid:1000")
     {"ts": "2026-01-31T10:00:00.123456+00:00", "level": "info", "logger": "kvservice.server", "event": "attached", ...}
 """
@@ -66,9 +66,9 @@ class EventLog:
             self._logger.log(level, "%s", event, extra={_FIELDS: fields}, exc_info=error)
 
 
-def event_log(room: str) -> EventLog:
-    """The event log of a room such as "server"; its lines carry the logger "kvservice.server"."""
-    return EventLog(f"kvservice.{room}")
+def event_log(name: str) -> EventLog:
+    """The event log of a module; `name` is its `__name__`."""
+    return EventLog(name)
 
 
 def configure(level: str, *, stream: TextIO | None = None) -> None:

@@ -9,7 +9,7 @@ Needs grpcio and protobuf only. Thread-safe; a forked child gets misses and atta
 """
 
 from kvservice_client.admin import Admin, admin
-from kvservice_client.client import Client, Namespace, attach, default_socket_dir
+from kvservice_client.client import Client, attach
 from kvservice_client.errors import (
     CapacityExhausted,
     DaemonUnreachable,
@@ -31,6 +31,7 @@ from kvservice_client.errors import (
 )
 from kvservice_client.holds import BlockView, Lease, Reservation
 from kvservice_client.memory import Memory
+from kvservice_client.namespace import Namespace, default_socket_dir
 from kvservice_client.outcomes import (
     Committed,
     ForgetResult,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import grpc
 
-from kvservice_client.client import default_socket_dir
 from kvservice_client.errors import from_rpc
 from kvservice_client.link import TOKEN_KEY, MemorySocket, open_channel
+from kvservice_client.namespace import default_socket_dir
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from kvservice_proto.v1 import kvservice_pb2_grpc
 
@@ -34,7 +34,10 @@ class Admin:
     def stats(self) -> pb.StatsResponse:
         """The daemon's state and this tenant's namespaces. Raises KVServiceError."""
         try:
-            return self._stub.Stats(pb.StatsRequest(), timeout=_TIMEOUT_S, metadata=self._metadata)
+            response: pb.StatsResponse = self._stub.Stats(
+                pb.StatsRequest(), timeout=_TIMEOUT_S, metadata=self._metadata
+            )
+            return response
         except grpc.RpcError as error:
             raise from_rpc(error) from None
 

@@ -6,27 +6,17 @@ miss with a reason. A thread of its own attaches, follows the daemon, and attach
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 import time
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from kvservice_client.errors import (
-    DaemonUnreachable,
-    ForkedClient,
-    InvalidRequest,
-    KVServiceError,
-    LayoutMismatch,
-    PermissionDenied,
-    Unauthenticated,
-)
+from kvservice_client.attachment import Attachment
+from kvservice_client.errors import InvalidRequest, KVServiceError
 from kvservice_client.holds import Lease, Reservation
 from kvservice_client.link import Link
 from kvservice_client.memory import Buffers, Copy, ThreadedCopier
+from kvservice_client.namespace import Namespace, default_socket_dir
 from kvservice_client.outcomes import (
     Committed,
     ForgetResult,
@@ -40,16 +30,11 @@ from kvservice_client.outcomes import (
 )
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
-_log = logging.getLogger(__name__)
-
 _CALL_TIMEOUT_S = 10.0
 _LOOKUP_TIMEOUT_S = 2.0
-_BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.1, 5.0
 _SAVE_PIECE_BYTES = 256 * 1024 * 1024  # reservations stay short, and a full arena still takes a prefix
 
-_REFUSALS = (InvalidRequest, LayoutMismatch, PermissionDenied, Unauthenticated)
-
-_MISS_REASONS = {
+_MISS_REASONS: dict[int, Reason] = {
     pb.MISS_REASON_UNSPECIFIED: Reason.OK,
     pb.MISS_REASON_NOT_HELD: Reason.NOT_HELD,
     pb.MISS_REASON_BEING_WRITTEN: Reason.BEING_WRITTEN,
@@ -58,45 +43,6 @@ _MISS_REASONS = {
     pb.MISS_REASON_TIER_OFFLINE: Reason.TIER_OFFLINE,
     pb.MISS_REASON_OVER_LIMIT: Reason.OVER_LIMIT,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Namespace:
-    """What makes bytes incompatible, as `fingerprint`; and the sizes its engines must agree on.
-
-    Attributes:
-        fingerprint: 16 to 64 bytes; a digest of model, revision, dtype, layout, parallel rank,
-            cache group, the engine's block format and a salt.
-        label: for people.
-        block_size_bytes: all layers' bytes of one block.
-        tokens_per_block: tokens that a block spans.
-        hash_size_bytes: 8 to 64.
-    """
-
-    fingerprint: bytes
-    label: str
-    block_size_bytes: int
-    tokens_per_block: int
-    hash_size_bytes: int = 32
-
-    def to_message(self) -> pb.Namespace:
-        """As the contract carries it."""
-        return pb.Namespace(
-            fingerprint=self.fingerprint,
-            label=self.label,
-            block_size_bytes=self.block_size_bytes,
-            tokens_per_block=self.tokens_per_block,
-            hash_size_bytes=self.hash_size_bytes,
-        )
-
-
-def default_socket_dir() -> str:
-    """$KVSERVICE_SOCKET_DIR, else $XDG_RUNTIME_DIR/kvservice, else /run/kvservice."""
-    named = os.environ.get("KVSERVICE_SOCKET_DIR")
-    if named:
-        return named
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
-    return os.path.join(runtime_dir, "kvservice") if runtime_dir else "/run/kvservice"
 
 
 def attach(
@@ -126,13 +72,11 @@ def attach(
         copy_threads=copy_threads or min(4, os.cpu_count() or 1),
     )
     client.wait_attached(attach_timeout_s)
-    if client.refusal is not None:
+    refusal = client.refusal
+    if refusal is not None:
         client.close()
-        raise client.refusal
+        raise refusal
     return client
-
-
-_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 class Client:
@@ -141,56 +85,34 @@ class Client:
     def __init__(self, namespace: Namespace, *, socket_dir: str, instance_name: str, copy_threads: int) -> None:
         self.namespace = namespace
         self.socket_dir = socket_dir
-        self.refusal: KVServiceError | None = None
-        self._instance_name = instance_name
         self._copier = ThreadedCopier(threads=copy_threads)
-        self._link: Link | None = None
-        self._is_closed = False
-        self._is_forked = False
-        self._changed = threading.Condition()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._stay_attached, name="kvservice-attach", daemon=True)
-        _clients.add(self)
-        self._thread.start()
+        self._attachment = Attachment(namespace, socket_dir=socket_dir, instance_name=instance_name)
 
     # ------------------------------------------------------------------- status
 
     @property
     def status(self) -> Status:
         """How this client stands with its daemon."""
-        if self._is_forked:
-            return Status.FORKED
-        if self._is_closed:
-            return Status.CLOSED
-        if self.attached:
-            return Status.ATTACHED
-        return Status.REFUSED if self.refusal is not None else Status.RECONNECTING
+        return self._attachment.status
 
     @property
     def attached(self) -> bool:
         """Whether calls can reach a daemon now."""
-        link = self._link
-        return link is not None and not link.is_over and not self._is_forked and not self._is_closed
+        return self.status is Status.ATTACHED
+
+    @property
+    def refusal(self) -> KVServiceError | None:
+        """Why the daemon said no, while it does."""
+        return self._attachment.refusal
 
     def wait_attached(self, timeout_s: float) -> bool:
         """Wait for an attachment or a refusal; whether it is attached now."""
-        if not self._is_forked:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self.attached or self.refusal is not None or self._is_closed, timeout_s
-                )
+        self._attachment.wait(timeout_s)
         return self.attached
 
     def close(self) -> None:
         """Detach. Leases and reservations end; calls in progress finish. May be called twice."""
-        if self._is_closed or self._is_forked:
-            return
-        self._is_closed = True
-        self._stop.set()
-        link = self._link
-        if link is not None:
-            link.end()
-        self._thread.join(timeout=_CALL_TIMEOUT_S)
+        self._attachment.close()
         self._copier.close()
 
     def __enter__(self) -> Client:
@@ -210,7 +132,7 @@ class Client:
         if not hashes:
             return LookupResult()
         try:
-            link = self._require_link()
+            link = self._attachment.link()
             request = pb.LookupRequest(namespace_id=self._namespace_id(link), hashes=self._pack(hashes))
             response = link.call(link.stub.Lookup, request, deadline_s)
         except InvalidRequest:
@@ -218,7 +140,7 @@ class Client:
         except KVServiceError as error:
             return LookupResult(reason=self._reason(error))
         in_dram = next((run.blocks for run in response.runs if run.held == pb.TIER_DRAM), 0)
-        miss = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
+        miss: int = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
         return LookupResult(response.hit_blocks, in_dram, _MISS_REASONS.get(miss, Reason.NOT_HELD))
 
     def load(
@@ -309,9 +231,7 @@ class Client:
                     return _refuse_rest(result, len(hashes), Reason.PARENT_MISSING)
         return result
 
-    def prefetch(
-        self, hashes: Sequence[bytes], *, session_id: str = "", request_id: str = ""
-    ) -> PrefetchResult:
+    def prefetch(self, hashes: Sequence[bytes], *, session_id: str = "", request_id: str = "") -> PrefetchResult:
         """Bring blocks closer without waiting for them.
 
         Raises:
@@ -320,7 +240,7 @@ class Client:
         if not hashes:
             return PrefetchResult()
         try:
-            link = self._require_link()
+            link = self._attachment.link()
             request = pb.PrefetchRequest(
                 namespace_id=self._namespace_id(link),
                 hashes=self._pack(hashes),
@@ -339,7 +259,7 @@ class Client:
     def release(self, request_id: str) -> None:
         """End every lease and reservation of a request. Never raises for a service failure."""
         try:
-            link = self._require_link()
+            link = self._attachment.link()
             link.call(link.stub.Release, pb.ReleaseRequest(request_id=request_id), _CALL_TIMEOUT_S)
         except InvalidRequest:
             raise
@@ -367,7 +287,7 @@ class Client:
         Raises:
             KVServiceError: see the module `errors`.
         """
-        link = self._require_link()
+        link = self._attachment.link()
         request = pb.GetRequest(
             namespace_id=self._namespace_id(link),
             hashes=self._pack(hashes),
@@ -393,7 +313,7 @@ class Client:
         Raises:
             KVServiceError: see the module `errors`.
         """
-        link = self._require_link()
+        link = self._attachment.link()
         request = pb.PutRequest(
             namespace_id=self._namespace_id(link),
             parent=parent,
@@ -415,14 +335,15 @@ class Client:
 
     def explain(self, block_hash: bytes) -> list[pb.Explanation]:
         """Why a hash is a hit or a miss in this namespace. Raises KVServiceError."""
-        link = self._require_link()
+        link = self._attachment.link()
         request = pb.ExplainRequest(hash=block_hash, fingerprint=self.namespace.fingerprint)
         return list(link.call(link.stub.Explain, request, _CALL_TIMEOUT_S).explanations)
 
     def stats(self) -> pb.StatsResponse:
         """The daemon's state and this tenant's namespaces. Raises KVServiceError."""
-        link = self._require_link()
-        return link.call(link.stub.Stats, pb.StatsRequest(), _CALL_TIMEOUT_S)
+        link = self._attachment.link()
+        response: pb.StatsResponse = link.call(link.stub.Stats, pb.StatsRequest(), _CALL_TIMEOUT_S)
+        return response
 
     # ---------------------------------------------------------------- privately
 
@@ -441,7 +362,7 @@ class Client:
         )
 
     def _forget(self, request: pb.ForgetRequest) -> ForgetResult:
-        link = self._require_link()
+        link = self._attachment.link()
         request.namespace_id = self._namespace_id(link)
         response = link.call(link.stub.Forget, request, _CALL_TIMEOUT_S)
         return ForgetResult(response.blocks_dropped, response.blocks_in_use)
@@ -457,62 +378,8 @@ class Client:
     def _namespace_id(self, link: Link) -> int:
         return link.welcome.namespace_ids[0]
 
-    def _require_link(self) -> Link:
-        if self._is_forked:
-            raise ForkedClient("this client belongs to the parent process: attach again in the child")
-        link = self._link
-        if self._is_closed or link is None or link.is_over:
-            raise DaemonUnreachable("not attached to a daemon; the client goes on trying")
-        if not link.is_responsive:
-            raise DaemonUnreachable("the daemon has not been heard of for a while")
-        return link
-
     def _reason(self, error: KVServiceError) -> Reason:
-        return Reason.CLOSED if self._is_closed else reason_of(error)
-
-    def _stay_attached(self) -> None:
-        backoff_s = _BACKOFF_S_MIN
-        while not self._stop.is_set():
-            try:
-                link = Link(
-                    self.socket_dir,
-                    [self.namespace.to_message()],
-                    instance_name=self._instance_name,
-                    timeout_s=_CALL_TIMEOUT_S,
-                )
-            except Exception as error:  # noqa: BLE001  # this thread is what heals the client: it must not die
-                if not isinstance(error, (KVServiceError, OSError)):
-                    _log.exception("attaching to %s failed in an unexpected way", self.socket_dir)
-                with self._changed:
-                    self.refusal = error if isinstance(error, _REFUSALS) else None
-                    self._changed.notify_all()
-                self._stop.wait(backoff_s)
-                backoff_s = min(2 * backoff_s, _BACKOFF_S_MAX)
-                continue
-            backoff_s = _BACKOFF_S_MIN
-            with self._changed:
-                self.refusal = None
-                self._link = link
-                self._changed.notify_all()
-            if self._stop.is_set():
-                link.end()
-            link.run()
-            with self._changed:
-                self._link = None
-                self._changed.notify_all()
-
-    def _disown_after_fork(self) -> None:
-        self._is_forked = True
-        if self._link is not None:
-            self._link.disown_after_fork()
-
-
-def _disown_all_after_fork() -> None:
-    for client in list(_clients):
-        client._disown_after_fork()
-
-
-os.register_at_fork(after_in_child=_disown_all_after_fork)
+        return Reason.CLOSED if self.status is Status.CLOSED else reason_of(error)
 
 
 def _add(one: SaveResult, other: SaveResult) -> SaveResult:

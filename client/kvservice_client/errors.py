@@ -6,6 +6,9 @@ InvalidRequest into named outcomes, because for an engine a service failure is a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import grpc
 
 from kvservice_proto.v1 import kvservice_pb2 as pb
@@ -116,7 +119,8 @@ def from_detail(detail: pb.ErrorDetail) -> KVServiceError:
 
 def from_rpc(error: grpc.RpcError) -> KVServiceError:
     """The exception for a failed call: by our own detail where there is one, else by its status."""
-    for key, value in error.trailing_metadata() or ():
+    trailing: Iterable[tuple[str, Any]] = error.trailing_metadata() or ()
+    for key, value in trailing:
         if key == ERROR_KEY:
             return from_detail(pb.ErrorDetail.FromString(value))
     code = error.code()

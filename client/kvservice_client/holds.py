@@ -108,9 +108,7 @@ class Lease(_Hold):
             LeaseExpired, LeaseUnknown: too late. DaemonUnreachable.
         """
         if self._lease_id:
-            renewed = self._link.call(
-                self._link.stub.Renew, pb.RenewRequest(lease_ids=[self._lease_id]), timeout_s
-            )
+            renewed = self._link.call(self._link.stub.Renew, pb.RenewRequest(lease_ids=[self._lease_id]), timeout_s)
             self.expires_at_s = time.monotonic() + renewed.lease_ms / 1000
 
     def release(self) -> None:

@@ -64,9 +64,7 @@ class MemorySocket:
         self._socket.settimeout(timeout_s)
         try:
             self._socket.connect(path)
-            hello = pb.SocketHello(
-                protocol_version_min=PROTOCOL_VERSION_MIN, protocol_version_max=PROTOCOL_VERSION_MAX
-            )
+            hello = pb.SocketHello(protocol_version_min=PROTOCOL_VERSION_MIN, protocol_version_max=PROTOCOL_VERSION_MAX)
             response, _ = self._exchange(pb.SocketRequest(hello=hello))
         except OSError as error:
             self._socket.close()
@@ -105,7 +103,7 @@ class MemorySocket:
             self._socket.sendall(_LENGTH.pack(len(body)) + body)
             header, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 2)
             for descriptor in fds:
-                os.set_inheritable(descriptor, False)
+                os.set_inheritable(descriptor, False)  # noqa: FBT003  # the standard library's signature
             header += self._receive(_LENGTH.size - len(header))
             response = pb.SocketResponse.FromString(self._receive(_LENGTH.unpack(header)[0]))
         if response.WhichOneof("message") == "error":
@@ -316,7 +314,8 @@ class Link:
             raise DaemonUnreachable("the daemon ended the attachment before it began") from None
         finally:
             timer.cancel()
-        return response.welcome
+        welcome: pb.Welcome = response.welcome
+        return welcome
 
     def _failed(self, error: grpc.RpcError) -> KVServiceError:
         translated = from_rpc(error)

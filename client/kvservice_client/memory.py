@@ -54,9 +54,7 @@ class Copy:
 class Segment:
     """One segment of the daemon's arena, mapped into this process and not into its children."""
 
-    def __init__(
-        self, segment_id: int, *, fds: Sequence[int], size_bytes: int, stride_bytes: int, slots: int
-    ) -> None:
+    def __init__(self, segment_id: int, *, fds: Sequence[int], size_bytes: int, stride_bytes: int, slots: int) -> None:
         """Map and pre-fault. Blocks (about 0.1 s a GiB). Takes the descriptors over.
 
         Args:
@@ -266,7 +264,7 @@ class Buffers:
 
 
 def _tensor_address(tensor: Any, size_bytes: int) -> int:
-    """torch is not imported here: a tensor is what has data_ptr, device and is_contiguous."""
+    """Torch is not imported here: a tensor is what has data_ptr, device and is_contiguous."""
     if tensor.device.type != "cpu":
         raise InvalidRequest(f"a tensor on {tensor.device}: the shared-memory plane copies CPU memory")
     if not tensor.is_contiguous():

@@ -43,7 +43,7 @@ def unreachable(config: Config, reason: str) -> str:
     directory = config.socket_dir
     lines = [f"no daemon answers at {directory} (socket_dir from {config.origin('socket_dir')})"]
     lines += [f"  {line}" for line in _findings(directory)]
-    if reason:
+    if not reason.startswith("no daemon answers"):  # which the lines above say better
         lines.append(f"  the client says: {reason.splitlines()[0]}")
     lines += [
         f"  start one:      kvservice serve --socket-dir {directory}",

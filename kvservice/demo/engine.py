@@ -71,12 +71,15 @@ class FaultyClient:
         self,
         hashes: Sequence[bytes],
         destination: Any,
+        *,
         session_id: str = "",
         request_id: str = "",
         deadline_s: float = 10.0,
     ) -> kvservice_client.LoadResult:
         """As the service does; in the control, the sign of every number is flipped afterwards."""
-        done = self._client.load(hashes, destination, session_id, request_id, deadline_s)
+        done = self._client.load(
+            hashes, destination, session_id=session_id, request_id=request_id, deadline_s=deadline_s
+        )
         if self.control_armed or self._sabotage == "corrupt-blocks":
             layout = self._served.layout
             layout.as_blocks(destination[: done.blocks * layout.block_size_bytes]).neg_()
@@ -86,13 +89,16 @@ class FaultyClient:
         self,
         hashes: Sequence[bytes],
         source: Any,
+        *,
         parent: bytes = b"",
         session_id: str = "",
         request_id: str = "",
         deadline_s: float = 10.0,
     ) -> kvservice_client.SaveResult:
         """As the service does."""
-        return self._client.save(hashes, source, parent, session_id, request_id, deadline_s)
+        return self._client.save(
+            hashes, source, parent=parent, session_id=session_id, request_id=request_id, deadline_s=deadline_s
+        )
 
     def close(self) -> None:
         """Detach the real client."""

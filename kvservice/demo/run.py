@@ -234,8 +234,8 @@ def _print_words(console: Console, summary: Summary, control: Control, problems:
     difference = "differed, as they must" if control.tokens_differ else "did NOT differ"
     lines = [
         (
-            f"{summary.resumed_turns} turns with history: first token {summary.median_speed_up:.1f}x sooner in the median "
-            f"({summary.median_ttft_recomputed_ms:.0f} ms recomputed, {summary.median_ttft_resumed_ms:.0f} ms resumed)."
+            f"{summary.resumed_turns} turns with history: first token {summary.median_speed_up:.1f}x sooner (median: "
+            f"{summary.median_ttft_recomputed_ms:.0f} ms recomputed, {summary.median_ttft_resumed_ms:.0f} ms resumed)."
         ),
         (
             f"{summary.computed_tokens:,} of {summary.prompt_tokens:,} prompt tokens went through the model: "

@@ -80,7 +80,7 @@ class Daemon:
 
     @property
     def state(self) -> str:
-        """ "serving", "draining" or what is wrong."""
+        """One word, serving or draining, or what is wrong."""
         if self.tasks.dead:
             return "; ".join(f"background task {name} died: {why}" for name, why in self.tasks.dead.items())
         return "draining" if self.store.is_draining else "serving"

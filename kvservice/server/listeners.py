@@ -8,10 +8,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
 
 from kvservice.config import Config
 from kvservice.errors import StartupError
+from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
 
 SERVICE_NAME = kvservice_pb2.DESCRIPTOR.services_by_name["KVCacheService"].full_name
 

@@ -46,9 +46,7 @@ class SocketDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise StartupError(
-                f"another daemon serves {self.path}; stop it or choose another socket_dir"
-            ) from None
+            raise StartupError(f"another daemon serves {self.path}; stop it or choose another socket_dir") from None
         self._remove_sockets()
 
     @property

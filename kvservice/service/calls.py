@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from kvservice_proto.v1 import kvservice_pb2 as pb
 
 from kvservice import errors
 from kvservice.logs import event_log
 from kvservice.metrics import Calls
+from kvservice_proto.v1 import kvservice_pb2 as pb
 
 ERROR_KEY = "kvservice-error-bin"
 TOKEN_KEY = "kvservice-token-bin"
@@ -58,9 +58,7 @@ def error_detail(error: BaseException, *, where: str) -> tuple[grpc.StatusCode, 
     error_id = secrets.token_hex(8)
     _log.exception("internal_error", error, where=where, error_id=error_id)
     message = f"internal error {error_id}; the daemon's log has the details"
-    return grpc.StatusCode.INTERNAL, pb.ErrorDetail(
-        reason=pb.ERROR_REASON_INTERNAL, message=message, error_id=error_id
-    )
+    return grpc.StatusCode.INTERNAL, pb.ErrorDetail(reason=pb.ERROR_REASON_INTERNAL, message=message, error_id=error_id)
 
 
 async def abort(context: Context, code: grpc.StatusCode, detail: pb.ErrorDetail) -> NoReturn:
@@ -98,6 +96,6 @@ def unary(
             code, detail = error_detail(error, where=method)
         finally:
             calls.observe(time.perf_counter() - started_s, code.name)
-        await abort(context, code, detail)
+        return await abort(context, code, detail)
 
     return handle

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-from kvservice_proto.v1 import kvservice_pb2 as pb
-from kvservice_proto.v1 import kvservice_pb2_grpc
 
 from kvservice import __version__, errors
 from kvservice.instances import DrainNotice, Notice, SegmentsChanged
@@ -19,6 +17,8 @@ from kvservice.service import messages, reports
 from kvservice.service.calls import Context, abort, error_detail, token_of, unary
 from kvservice.service.messages import require_text
 from kvservice.store import Peer, Store, explain
+from kvservice_proto.v1 import kvservice_pb2 as pb
+from kvservice_proto.v1 import kvservice_pb2_grpc
 
 PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
@@ -204,7 +204,9 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         if len(items) > bound:
             raise errors.InvalidRequest(f"{len(items)} {field}, at most {bound} per call", field=field)
 
-    async def _welcome(self, instance: Peer, hello: pb.Hello, outgoing: asyncio.Queue[pb.AttachResponse | None]) -> pb.Welcome:
+    async def _welcome(
+        self, instance: Peer, hello: pb.Hello, outgoing: asyncio.Queue[pb.AttachResponse | None]
+    ) -> pb.Welcome:
         version = agreed_version(hello.protocol_version_min, hello.protocol_version_max)
         config = self._store.config
         if not hello.namespaces:

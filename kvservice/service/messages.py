@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvservice_proto.v1 import kvservice_pb2 as pb
-
 from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec, Slots, Tenant, Tier
 from kvservice.dram import SlotPool
 from kvservice.errors import InvalidRequest
 from kvservice.store import outcomes
 from kvservice.store.explain import HASH_SIZE_BYTES_MAX, HASH_SIZE_BYTES_MIN
+from kvservice_proto.v1 import kvservice_pb2 as pb
 
 TEXT_LENGTH_MAX = 200
 NAME_LENGTH_MAX = 100

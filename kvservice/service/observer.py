@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvservice_proto.v1 import kvservice_pb2 as pb
-from kvservice_proto.v1 import kvservice_pb2_grpc
-
 from kvservice.blocks import Tenant
 from kvservice.errors import PermissionDenied, Unauthenticated
 from kvservice.instances import Identity
@@ -19,8 +16,8 @@ from kvservice.service import messages, reports
 from kvservice.service.calls import Context, unary
 from kvservice.service.control import PLANES, ControlService
 from kvservice.store import Store, explain
-
-_REFUSED = ("Lookup", "Renew", "Release", "Put", "Commit", "Abort", "Prefetch", "Forget")
+from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
+from kvservice_proto.v1 import kvservice_pb2 as pb
 
 
 class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
@@ -31,17 +28,10 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._control = control
         self._state = state
         self._started_at_s = store.clock()
-        for method in _REFUSED:
-            setattr(self, method, unary(metrics.rpc(method), method, _refuse))
-        self.Stats = unary(metrics.rpc("Stats"), "Stats", self._stats)
-        self.Explain = unary(metrics.rpc("Explain"), "Explain", self._explain)
-        refuse = unary(metrics.rpc("Get"), "Get", _refuse)
-
-        async def refuse_stream(request: Any, context: Context) -> None:
-            await refuse(request, context)
-
-        self.Get = refuse_stream
-        self.Attach = refuse_stream
+        answers: dict[str, Callable[[Any, Context], Any]] = {"Stats": self._stats, "Explain": self._explain}
+        for method in kvservice_pb2.DESCRIPTOR.services_by_name["KVCacheService"].methods_by_name:
+            answer = unary(metrics.rpc(method), method, answers.get(method, _refuse))
+            setattr(self, method, answer)
 
     def _stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
         return reports.stats(
@@ -60,11 +50,11 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
         return messages.explain_response(found)
 
     def _tenant(self, context: Context) -> Tenant:
-        names = context.auth_context().get("x509_common_name", ())
-        if not names:
+        name = next(iter(context.auth_context().get("x509_common_name", ())), b"")
+        if not name:
             raise Unauthenticated("the client certificate has no common name")
-        return Identity(f"cn:{bytes(names[0]).decode()}").tenant(self._store.config.tenants)
+        return Identity(f"cn:{name.decode()}").tenant(self._store.config.tenants)
 
 
-def _refuse(request: Any, context: Context) -> Any:
+def _refuse(_request: Any, _context: Context) -> Any:
     raise PermissionDenied("TCP serves Stats, Explain and health only: KV bytes need the Unix sockets of this node")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from kvservice_proto.v1 import kvservice_pb2 as pb
-
 from kvservice import __version__
 from kvservice.blocks import DropReason, Tenant
 from kvservice.leases import HoldKind
 from kvservice.service.messages import TIERS
 from kvservice.store import Namespace, Peer, Store
+from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _EVICTIONS = (DropReason.CAPACITY, DropReason.QUOTA, DropReason.RECLAIMED)
 
 
-def stats(store: Store, tenant: Tenant, *, epoch: str, started_at_s: float, state: str, planes: str) -> pb.StatsResponse:
+def stats(
+    store: Store, tenant: Tenant, *, epoch: str, started_at_s: float, state: str, planes: str
+) -> pb.StatsResponse:
     """Totals of the daemon; namespaces and instances of the tenant only."""
     leases = store.leases
     usage = store.arena.usage()
@@ -36,7 +37,9 @@ def stats(store: Store, tenant: Tenant, *, epoch: str, started_at_s: float, stat
             )
         ],
         namespaces=[
-            _namespace_stats(namespace) for namespace in store.namespaces.values() if namespace.spec.key.tenant == tenant
+            _namespace_stats(namespace)
+            for namespace in store.namespaces.values()
+            if namespace.spec.key.tenant == tenant
         ],
         attached_instances=[
             _instance_stats(store, instance)

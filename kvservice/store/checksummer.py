@@ -59,9 +59,7 @@ class Checksummer:
                     size_bytes = namespace.spec.block_size_bytes
                     namespace.pool.hold(slots)
                     try:
-                        sums = await loop.run_in_executor(
-                            self._executor, _checksums, namespace.pool, slots, size_bytes
-                        )
+                        sums = await loop.run_in_executor(self._executor, _checksums, namespace.pool, slots, size_bytes)
                         _record(namespace, slots, sums)
                     finally:
                         namespace.end_hold(slots)
@@ -80,7 +78,8 @@ def _still_waiting(namespace: Namespace, slots: Slots) -> Slots:
     rows = namespace.pool.row_of[slots]
     slots, rows = slots[rows != NO_ROW], rows[rows != NO_ROW]
     is_committed = namespace.index.state[rows] >= State.WRITTEN
-    return slots[is_committed & ~namespace.index.checksummed[rows]]
+    waiting: Slots = slots[is_committed & ~namespace.index.checksummed[rows]]
+    return waiting
 
 
 def _checksums(pool: SlotPool, slots: Slots, size_bytes: int) -> np.ndarray:

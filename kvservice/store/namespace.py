@@ -122,6 +122,26 @@ class Namespace:
                     break
         return freed
 
+    def forget_session(self, session_id: str, now_s: float) -> tuple[int, int]:
+        """Drop what only this session needs, from its tips back to a block that others need too.
+
+        Returns:
+            How many were dropped, and how many of those are still held.
+        """
+        dropped = held = 0
+        for tip in self.sessions.forget(session_id):
+            row = tip
+            while row != NO_ROW and self._is_only_for_forgotten(row):
+                parent = int(self.index.parent[row])
+                held += int(self.pool.holders[self.index.slot[row]] > 0)
+                self.drop(row, DropReason.FORGOTTEN, now_s)
+                dropped, row = dropped + 1, parent
+        return dropped, held
+
+    def forget_all(self, now_s: float) -> tuple[int, int]:
+        """Drop every block; like `drop_subtrees`."""
+        return self.drop_subtrees(self.index.roots().tolist(), DropReason.FORGOTTEN, now_s)
+
     def evictable_slots_bound(self) -> int:
         """At most so many slots can be freed by eviction now."""
         return int(np.count_nonzero((self.pool.holders == 0) & (self.pool.row_of != NO_ROW)))
@@ -138,6 +158,12 @@ class Namespace:
         assert len(owned) == len(present), "a slot belongs to a row that is absent"
         reserved = self.index.state[present] == State.RESERVED
         assert (self.pool.holders[slots[reserved]] > 0).all(), "a reserved block without its writer"
+
+    def _is_only_for_forgotten(self, row: int) -> bool:
+        """Whether nothing follows the block and no session that is still known ends there."""
+        index = self.index
+        is_end = index.state[row] == State.RESIDENT and index.first_child[row] == NO_ROW
+        return bool(is_end) and not self.sessions.is_tip(row)
 
     def _is_evictable(self, row: int) -> bool:
         index = self.index

@@ -14,9 +14,15 @@ from concurrent.futures import Executor
 import numpy as np
 
 from kvservice.blocks import NO_ROW, DropReason
+from kvservice.config import Config
 from kvservice.dram import Arena, Segment
 from kvservice.errors import CapacityExhausted, QuotaExceeded
+from kvservice.logs import event_log
 from kvservice.store.namespace import Namespace
+
+_EVICTION_SLICE = 512  # blocks per round of upkeep: about a millisecond of the event loop
+
+_log = event_log(__name__)
 
 SegmentsChangedCallback = Callable[[Namespace, list[int], list[int]], None]
 """(namespace, added segment ids, retired segment ids)"""
@@ -28,15 +34,15 @@ class Space:
     def __init__(
         self,
         arena: Arena,
+        config: Config,
         *,
-        segment_bytes: int,
         executor: Executor,
         clock: Callable[[], float],
         namespaces: Callable[[], Iterable[Namespace]],
         on_segments_changed: SegmentsChangedCallback,
     ) -> None:
         self.arena = arena
-        self._segment_bytes = segment_bytes
+        self._config = config
         self._executor = executor
         self._clock = clock
         self._namespaces = namespaces
@@ -44,7 +50,7 @@ class Space:
 
     def slots_per_segment(self, stride_bytes: int) -> int:
         """How many slots a full segment of that stride has; at least one."""
-        return max(1, self._segment_bytes // stride_bytes)
+        return max(1, self._config.dram_segment_bytes // stride_bytes)
 
     async def make_room(self, namespace: Namespace, slots_wanted: int) -> None:
         """Do one step towards `slots_wanted` free slots; call again until there are enough.
@@ -103,10 +109,32 @@ class Space:
         self._on_segments_changed(namespace, [segment.segment_id], [])
         return True
 
+    async def keep_up(self, namespace: Namespace, *, may_grow: bool) -> None:
+        """One step ahead of need: a segment while few slots are free, else the watermarks."""
+        is_short = namespace.pool.free_slots * namespace.stride_bytes < self._config.dram_grow_ahead_bytes
+        if may_grow and is_short:
+            try:
+                if await self.grow(namespace):
+                    return
+            except CapacityExhausted as error:
+                # The system has less memory than dram_bytes promises: keep to what there is.
+                _log.warning("arena_cannot_grow", why=str(error))
+        self._keep_watermarks(namespace)
+
     async def release_all(self, namespace: Namespace) -> None:
         """Give every segment back; all slots must be free."""
         for position, _ in namespace.pool.live_segments():
             await self._give_back(namespace, namespace.pool.drop(position))
+
+    def _keep_watermarks(self, namespace: Namespace) -> None:
+        # Only memory that cannot grow is kept partly free: evicting earlier would lose hits.
+        total, free = namespace.pool.total_slots, namespace.pool.free_slots
+        may_grow = self.arena.unused_bytes >= namespace.stride_bytes and not self._is_at_quota(namespace)
+        if may_grow or total - free <= self._config.high_watermark * total:
+            return
+        wanted = int((1.0 - self._config.low_watermark) * total) - free
+        reason = DropReason.QUOTA if self._is_at_quota(namespace) else DropReason.CAPACITY
+        namespace.evict(min(wanted, _EVICTION_SLICE), reason, self._clock())
 
     def _share_bytes(self) -> int:
         return self.arena.capacity_bytes // max(1, sum(1 for _ in self._namespaces()))

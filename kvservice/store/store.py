@@ -22,16 +22,17 @@ from kvservice.blocks import (
     NamespaceKey,
     NamespaceSpec,
     Rows,
-    split_hashes,
 )
 from kvservice.config import Config
 from kvservice.dram import Arena
-from kvservice.errors import Draining, InvalidRequest, NamespaceUnknown
+from kvservice.errors import Draining, NamespaceUnknown
 from kvservice.index import State
 from kvservice.instances import DrainNotice, Identity, Instances, SegmentsChanged
-from kvservice.leases import Hold, HoldKind, Leases
+from kvservice.leases import HoldKind, Leases
 from kvservice.metrics import Metrics
+from kvservice.store import invariants, requests
 from kvservice.store.checksummer import Checksummer
+from kvservice.store.holds import Holds
 from kvservice.store.namespace import Namespace, Peer
 from kvservice.store.outcomes import (
     Committed,
@@ -46,8 +47,6 @@ from kvservice.store.outcomes import (
 )
 from kvservice.store.registry import Registry
 from kvservice.store.space import Space
-
-_UPKEEP_EVICTION_SLICE = 512
 
 
 class Store:
@@ -75,14 +74,22 @@ class Store:
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="memory")
         self._space = Space(
             self.arena,
-            segment_bytes=config.dram_segment_bytes,
+            config,
             executor=self._executor,
             clock=clock,
-            namespaces=lambda: self.namespaces.values(),
+            namespaces=lambda: self.namespaces.values(),  # noqa: PLW0108  # assigned below
             on_segments_changed=self._tell_segments_changed,
         )
         self._registry = Registry(config, self._space, metrics, clock=clock, is_idle=self._is_idle_namespace)
         self.namespaces: dict[NamespaceKey, Namespace] = self._registry.namespaces
+        self._holds = Holds(
+            self.leases,
+            self.namespaces,
+            metrics,
+            clock=clock,
+            duration_s=config.lease_s,
+            duration_s_max=config.lease_s_max,
+        )
 
     # ------------------------------------------------------------ connections
 
@@ -118,13 +125,13 @@ class Store:
         """The instance's stream broke: its holds expire; its slots wait for the process."""
         if instance.is_attached:
             self.instances.detach(instance)
-            self._expire(self.leases.expire_instance(instance.instance_id))
+            self._holds.expire(self.leases.expire_instance(instance.instance_id))
 
     def hang_up(self, instance: Peer) -> None:
         """The process is gone: all that it held is free."""
         self.detach(instance)
         for hold in self.leases.of_instance(instance.instance_id):
-            self._end(hold)
+            self._holds.end(hold)
         self.instances.hang_up(instance)
 
     def namespace(self, instance: Peer, namespace_id: int) -> Namespace:
@@ -142,7 +149,7 @@ class Store:
     def lookup(self, instance: Peer, namespace_id: int, packed: bytes) -> Looked:
         """How many leading blocks are held. No side effect."""
         namespace = self.namespace(instance, namespace_id)
-        hashes = self._hashes(namespace, packed)
+        hashes = self._chain(namespace, packed)
         hit = namespace.index.hit_length(hashes)
         return Looked(hit, len(hashes), self._miss_after(namespace, hashes, hit))
 
@@ -160,37 +167,34 @@ class Store:
         """Lease the longest held prefix of at most `max_blocks` blocks (0: all)."""
         self._refuse_while_draining()
         namespace = self.namespace(instance, namespace_id)
-        hashes = self._hashes(namespace, packed)
+        hashes = self._chain(namespace, packed)
         self.leases.require_room(HoldKind.READ, instance.instance_id)
         hit = namespace.index.hit_length(hashes)
         leased = min(hit, max_blocks) if max_blocks else hit
         rows = namespace.index.rows_of(hashes[:leased])
-        now_s, duration_s = self.clock(), self._duration_s(duration_s)
         slots = namespace.index.slot[rows]
         counters = namespace.counters
         counters.requested += len(hashes)
         counters.dram_hits += leased
         counters.misses += len(hashes) - leased
-        hold_id = 0
+        hold_id, lease_s = 0, 0.0
         if leased:
             namespace.pool.hold(slots)
-            namespace.touch(rows, now_s)
+            namespace.touch(rows, self.clock())
             namespace.index.uses[rows] += 1
             if session_id:
                 namespace.sessions.extend(session_id, rows, int(rows[-1]))
-            hold = self.leases.grant(
+            hold_id, lease_s = self._holds.grant(
                 HoldKind.READ,
-                instance_id=instance.instance_id,
-                request_id=request_id,
+                instance,
+                namespace,
+                slots,
                 session_id=session_id,
-                namespace=namespace.spec.key,
-                slots=slots,
-                now_s=now_s,
-                duration_s=duration_s,
+                request_id=request_id,
+                asked_s=duration_s,
             )
-            hold_id = hold.hold_id
         miss = Miss.OVER_LIMIT if leased < hit else self._miss_after(namespace, hashes, hit)
-        return Granted(hold_id, duration_s, namespace.pool, slots, len(hashes) - leased, miss)
+        return Granted(hold_id, lease_s, namespace.pool, slots, len(hashes) - leased, miss)
 
     def renew(
         self, instance: Peer, lease_ids: Sequence[int], reservation_ids: Sequence[int], duration_s: float
@@ -200,9 +204,9 @@ class Store:
         Raises:
             LeaseUnknown, LeaseExpired, ReservationLost.
         """
-        now_s, duration_s = self.clock(), self._duration_s(duration_s)
-        holds = self._find_all(instance, HoldKind.READ, lease_ids)
-        holds += self._find_all(instance, HoldKind.WRITE, reservation_ids)
+        now_s, duration_s = self.clock(), self._holds.duration_s(duration_s)
+        holds = self._holds.find(instance, HoldKind.READ, lease_ids)
+        holds += self._holds.find(instance, HoldKind.WRITE, reservation_ids)
         for hold in holds:
             self.leases.require_live(hold, now_s)
         for hold in holds:
@@ -215,11 +219,11 @@ class Store:
         Raises:
             LeaseUnknown: a lease id is not this instance's, or is named twice.
         """
-        holds = self._find_all(instance, HoldKind.READ, lease_ids)
+        holds = self._holds.find(instance, HoldKind.READ, lease_ids)
         if request_id:
             holds += [hold for hold in self.leases.of_request(instance.instance_id, request_id) if hold not in holds]
         for hold in holds:
-            self._end(hold)
+            self._holds.end(hold)
         expired = sum(hold.expired for hold in holds)
         return Ended(len(holds) - expired, expired)
 
@@ -244,9 +248,10 @@ class Store:
         self._refuse_while_draining()
         while True:
             namespace = self.namespace(instance, namespace_id)
-            hashes = self._hashes(namespace, packed)
+            hashes = self._chain(namespace, packed)
+            requests.require_distinct(hashes)
             self.leases.require_room(HoldKind.WRITE, instance.instance_id)
-            parent_row = self._parent_row(namespace, parent)
+            parent_row = requests.parent_row(namespace, parent)
             if parent and parent_row == NO_ROW:
                 return Reserved(0, 0.0, [(len(hashes), Written.PARENT_MISSING)], namespace.pool, np.zeros(0, np.int32))
             rows = namespace.index.rows_of(hashes, parent=parent_row)
@@ -258,23 +263,21 @@ class Store:
         known = self._known_runs(namespace, rows)
         if not missing:
             return Reserved(0, 0.0, known, namespace.pool, np.zeros(0, np.int32))
-        now_s, duration_s = self.clock(), self._duration_s(duration_s)
         slots = namespace.pool.allocate(missing)
         behind = int(rows[-1]) if len(rows) else parent_row
         inserted = namespace.index.insert(behind, hashes[len(rows) :], slots)
-        namespace.index.last_used_s[inserted] = now_s
+        namespace.index.last_used_s[inserted] = self.clock()
         namespace.pool.row_of[slots] = inserted
-        hold = self.leases.grant(
+        hold_id, lease_s = self._holds.grant(
             HoldKind.WRITE,
-            instance_id=instance.instance_id,
-            request_id=request_id,
+            instance,
+            namespace,
+            slots,
             session_id=session_id,
-            namespace=namespace.spec.key,
-            slots=slots,
-            now_s=now_s,
-            duration_s=duration_s,
+            request_id=request_id,
+            asked_s=duration_s,
         )
-        return Reserved(hold.hold_id, duration_s, known, namespace.pool, slots)
+        return Reserved(hold_id, lease_s, known, namespace.pool, slots)
 
     def commit(
         self, instance: Peer, reservation_id: int, positions: Sequence[int]
@@ -287,10 +290,10 @@ class Store:
         Raises:
             LeaseUnknown, ReservationLost, InvalidRequest.
         """
-        hold = self._find_all(instance, HoldKind.WRITE, [reservation_id])[0]
+        hold = self._holds.find(instance, HoldKind.WRITE, [reservation_id])[0]
         now_s = self.clock()
         self.leases.require_live(hold, now_s)
-        chosen = self._chosen(hold, positions)
+        chosen = requests.chosen_positions(hold, positions)
         namespace = self.namespaces[hold.namespace]
         slots = hold.slots[chosen]
         rows = namespace.pool.row_of[slots]
@@ -323,41 +326,26 @@ class Store:
 
     def abort(self, instance: Peer, reservation_id: int) -> bool:
         """Give a reservation back; whether it had expired. Raises LeaseUnknown."""
-        hold = self._find_all(instance, HoldKind.WRITE, [reservation_id])[0]
-        self._end(hold)
+        hold = self._holds.find(instance, HoldKind.WRITE, [reservation_id])[0]
+        self._holds.end(hold)
         return hold.expired
 
     # ---------------------------------------------------------------- the rest
 
     def forget_session(self, instance: Peer, namespace_id: int, session_id: str) -> Forgotten:
         """Drop the blocks that only this session needs: not those before another's end."""
-        namespace = self.namespace(instance, namespace_id)
-        index, now_s = namespace.index, self.clock()
-        dropped = in_use = 0
-        for tip in namespace.sessions.forget(session_id):
-            for row in list(index.ancestors(tip)) if index.state[tip] != State.ABSENT else ():
-                if index.first_child[row] != NO_ROW or namespace.sessions.is_tip(row) or index.state[row] != State.RESIDENT:
-                    break
-                more, held = namespace.drop_subtrees([row], DropReason.FORGOTTEN, now_s)
-                dropped, in_use = dropped + more, in_use + held
-        return Forgotten(dropped, in_use)
+        return Forgotten(*self.namespace(instance, namespace_id).forget_session(session_id, self.clock()))
 
     def forget_namespace(self, instance: Peer, namespace_id: int) -> Forgotten:
         """Drop every block of the namespace; what is leased is unreachable now, freed at release."""
-        namespace = self.namespace(instance, namespace_id)
-        roots = namespace.index.roots().tolist()
-        return Forgotten(*namespace.drop_subtrees(roots, DropReason.FORGOTTEN, self.clock()))
+        return Forgotten(*self.namespace(instance, namespace_id).forget_all(self.clock()))
 
     async def upkeep(self) -> None:
         """One round of what nobody asks for: expiries, memory ahead of need, watermarks."""
-        self._expire(self.leases.expire(self.clock()))
+        self._holds.expire(self.leases.expire(self.clock()))
+        attached = {id(namespace) for instance in self.instances for namespace in instance.namespaces}
         for namespace in list(self.namespaces.values()):
-            is_attached = any(namespace in instance.namespaces for instance in self.instances)
-            free_bytes = namespace.pool.free_slots * namespace.stride_bytes
-            if is_attached and free_bytes < self.config.dram_grow_ahead_bytes and not self.is_draining:
-                if await self._space.grow(namespace):
-                    continue
-            self._keep_watermarks(namespace)
+            await self._space.keep_up(namespace, may_grow=id(namespace) in attached and not self.is_draining)
 
     def drain(self) -> None:
         """Take no new work and tell the instances. Holds end as their requests do."""
@@ -380,22 +368,7 @@ class Store:
 
     def check(self) -> None:
         """Assert every invariant that spans rooms. For tests; O(n)."""
-        used_bytes = 0
-        held: dict[NamespaceKey, np.ndarray] = {}
-        for hold in self.leases:
-            pool = self.namespaces[hold.namespace].pool
-            counts = held.setdefault(hold.namespace, np.zeros(len(pool.holders), dtype=np.int32))
-            counts[hold.slots] += 1
-        for key, namespace in self.namespaces.items():
-            namespace.check()
-            used_bytes += namespace.pool.size_bytes
-            counts = held.get(key, np.zeros(len(namespace.pool.holders), dtype=np.int32))
-            # A batch being checksummed has one more holder for a moment.
-            extra = namespace.pool.holders - counts
-            assert ((extra == 0) | (extra == 1)).all(), f"{namespace.spec.label}: holders without a lease"
-        assert used_bytes == self.arena.used_bytes, "arena bytes are not those of the segments"
-        known = {instance.instance_id for instance in self.instances}
-        assert all(hold.instance_id in known for hold in self.leases), "a hold outlives its instance"
+        invariants.check(self.namespaces, self.leases, self.arena, self.instances)
 
     # ---------------------------------------------------------------- privately
 
@@ -416,61 +389,8 @@ class Store:
         finally:
             namespace.end_hold(pinned)
 
-    def _keep_watermarks(self, namespace: Namespace) -> None:
-        # Only memory that cannot grow is kept partly free: evicting earlier would lose hits.
-        total = sum(segment.slots for _, segment in namespace.pool.live_segments())
-        free = namespace.pool.free_slots
-        may_grow = self.arena.unused_bytes >= namespace.stride_bytes and not namespace.quota_bytes
-        if may_grow or total - free <= self.config.high_watermark * total:
-            return
-        wanted = min(int((1.0 - self.config.low_watermark) * total) - free, _UPKEEP_EVICTION_SLICE)
-        namespace.evict(wanted, DropReason.CAPACITY, self.clock())
-
-    def _expire(self, holds: Sequence[Hold]) -> None:
-        for hold in holds:
-            if hold.kind is HoldKind.WRITE:
-                self.metrics.expired_reservations.inc()
-                self._drop_unwritten(hold)
-            else:
-                self.metrics.expired_leases.inc()
-
-    def _end(self, hold: Hold) -> None:
-        if hold.kind is HoldKind.WRITE:
-            self._drop_unwritten(hold)
-        self.leases.end(hold)
-        self.namespaces[hold.namespace].end_hold(hold.slots)
-
-    def _drop_unwritten(self, hold: Hold) -> None:
-        namespace = self.namespaces[hold.namespace]
-        rows = namespace.pool.row_of[hold.slots]
-        namespace.drop_subtrees(rows[rows != NO_ROW].tolist(), DropReason.ABORTED, self.clock())
-
-    def _find_all(self, instance: Peer, kind: HoldKind, hold_ids: Sequence[int]) -> list[Hold]:
-        holds = [self.leases.find(kind, instance_id=instance.instance_id, hold_id=hold_id) for hold_id in hold_ids]
-        if len({hold.hold_id for hold in holds}) != len(holds):
-            raise InvalidRequest(f"a {kind.value} is named twice", field=f"{kind.value}_ids")
-        return holds
-
-    def _duration_s(self, asked_s: float) -> float:
-        return min(asked_s or self.config.lease_s, self.config.lease_s_max)
-
-    def _hashes(self, namespace: Namespace, packed: bytes) -> list[BlockHash]:
-        size = namespace.spec.hash_size_bytes
-        bound = self.config.hashes_per_call_max
-        if not packed:
-            raise InvalidRequest("no hashes: send at least one", field="hashes")
-        if len(packed) % size:
-            raise InvalidRequest(f"{len(packed)} bytes are not a multiple of the {size}-byte hash", field="hashes")
-        if len(packed) > size * bound:
-            raise InvalidRequest(f"{len(packed) // size} hashes, at most {bound} per call", field="hashes")
-        return split_hashes(packed, size)
-
-    def _parent_row(self, namespace: Namespace, parent: bytes) -> int:
-        if parent and len(parent) != namespace.spec.hash_size_bytes:
-            raise InvalidRequest(
-                f"{len(parent)} bytes are not one {namespace.spec.hash_size_bytes}-byte hash", field="parent"
-            )
-        return namespace.index.row_of(BlockHash(parent)) if parent else NO_ROW
+    def _chain(self, namespace: Namespace, packed: bytes) -> list[BlockHash]:
+        return requests.chain(namespace, packed, hashes_max=self.config.hashes_per_call_max)
 
     def _miss_after(self, namespace: Namespace, hashes: Sequence[BlockHash], hit: int) -> Miss:
         if hit < len(hashes) and namespace.index.row_of(hashes[hit]) != NO_ROW:
@@ -481,16 +401,6 @@ class Store:
         resident = int(np.count_nonzero(namespace.index.state[rows] == State.RESIDENT))
         runs = [(resident, Written.HELD), (len(rows) - resident, Written.BEING_WRITTEN)]
         return [run for run in runs if run[0]]
-
-    def _chosen(self, hold: Hold, positions: Sequence[int]) -> np.ndarray:
-        if not positions:
-            return np.full(len(hold.slots), True)
-        chosen = np.isin(hold.positions, positions)
-        if np.count_nonzero(chosen) != len(positions):
-            raise InvalidRequest(
-                "positions must be distinct, and reserved by the Put and not committed yet", field="positions"
-            )
-        return chosen
 
     def _tell_segments_changed(self, namespace: Namespace, added: list[int], retired: list[int]) -> None:
         notice = SegmentsChanged(tuple(added), tuple(retired))

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
-import kvservice_client
 import torch
 from transformers import PreTrainedModel
 
+import kvservice_client
 from kvservice_adapters.hashing import BlockChain
 from kvservice_adapters.service import KVClient
 from kvservice_adapters.transformers.cache import PrefixCache
@@ -213,7 +213,7 @@ class TransformersAdapter:
             return service, False
         client = kvservice_client.attach(
             self.served.namespace,
-            socket_dir=service,
+            socket_dir=None if service is None else os.fspath(service),
             instance_name=instance_name,
             attach_timeout_s=self.options.attach_timeout_s,
             copy_threads=self.options.copy_threads,

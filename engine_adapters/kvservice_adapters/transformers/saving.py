@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import kvservice_client
 import torch
 
+import kvservice_client
 from kvservice_adapters.service import KVClient
 from kvservice_adapters.transformers.counters import AdapterCounters
 from kvservice_adapters.transformers.layout import BlockLayout, KVRows
@@ -172,6 +172,8 @@ class BackgroundSaver:
         if unsaved == 0:
             job.sequence.save_succeeded()
             return
-        self._counters.add("unsaved_blocks", unsaved, reason=done.reason.name)
-        # Refused: the block before is not held any more, so the chain must be saved from its root.
-        job.sequence.save_failed(0 if done.refused else job.first_block)
+        # A block before these is not held any more (OK: it left between reservation and commit), so the
+        # chain must be saved from its root; any other reason says nothing against what was saved before.
+        prefix_lost = done.reason in {kvservice_client.Reason.PARENT_MISSING, kvservice_client.Reason.OK}
+        self._counters.add("unsaved_blocks", unsaved, reason="PARENT_MISSING" if prefix_lost else done.reason.name)
+        job.sequence.save_failed(0 if prefix_lost else job.first_block)

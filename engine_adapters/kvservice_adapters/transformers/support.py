@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import kvservice_client
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+import kvservice_client
 from kvservice_adapters.hashing import HASH_SIZE_BYTES, fingerprint_of
 from kvservice_adapters.transformers.layout import LAYOUT_NAME, LAYOUT_VERSION, BlockLayout
 

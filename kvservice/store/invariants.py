@@ -1,0 +1,33 @@
+"""What must hold between the store's rooms, asserted by tests after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kvservice.blocks import NamespaceKey
+from kvservice.dram import Arena
+from kvservice.instances import Instances
+from kvservice.leases import Leases
+from kvservice.store.namespace import Namespace
+
+
+def check(
+    namespaces: Mapping[NamespaceKey, Namespace], leases: Leases, arena: Arena, instances: Instances[Namespace]
+) -> None:
+    """Raise AssertionError naming what is broken. O(n)."""
+    holders: dict[NamespaceKey, np.ndarray] = {
+        key: np.zeros(len(namespace.pool.holders), dtype=np.int32) for key, namespace in namespaces.items()
+    }
+    for hold in leases:
+        holders[hold.namespace][hold.slots] += 1
+    for key, namespace in namespaces.items():
+        namespace.check()
+        # A batch that is being checksummed has one more holder for a moment.
+        extra = namespace.pool.holders - holders[key]
+        assert ((extra == 0) | (extra == 1)).all(), f"{namespace.spec.label}: holders without a lease"
+    used_bytes = sum(namespace.pool.size_bytes for namespace in namespaces.values())
+    assert used_bytes == arena.used_bytes, "the arena's bytes are not those of the segments"
+    connected = {instance.instance_id for instance in instances}
+    assert all(hold.instance_id in connected for hold in leases), "a hold outlives its process"

@@ -1,0 +1,62 @@
+"""What a caller sent, checked against every bound before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, BlockHash, split_hashes
+from kvservice.errors import InvalidRequest
+from kvservice.leases import Hold
+from kvservice.store.namespace import Namespace
+
+
+def chain(namespace: Namespace, packed: bytes, *, hashes_max: int) -> list[BlockHash]:
+    """The hashes of a call, root first.
+
+    Raises:
+        InvalidRequest: none, too many, or not a multiple of the namespace's hash size.
+    """
+    size = namespace.spec.hash_size_bytes
+    if not packed:
+        raise InvalidRequest("no hashes: send at least one", field="hashes")
+    if len(packed) % size:
+        raise InvalidRequest(f"{len(packed)} bytes are not a multiple of the {size}-byte hash", field="hashes")
+    if len(packed) > size * hashes_max:
+        raise InvalidRequest(f"{len(packed) // size} hashes, at most {hashes_max} per call", field="hashes")
+    return split_hashes(packed, size)
+
+
+def parent_row(namespace: Namespace, parent: bytes) -> int:
+    """The row of the block that a chain's tail follows; NO_ROW for a root or an absent block.
+
+    Raises:
+        InvalidRequest: not one hash.
+    """
+    size = namespace.spec.hash_size_bytes
+    if parent and len(parent) != size:
+        raise InvalidRequest(f"{len(parent)} bytes are not one {size}-byte hash", field="parent")
+    return namespace.index.row_of(BlockHash(parent)) if parent else NO_ROW
+
+
+def require_distinct(hashes: Sequence[BlockHash]) -> None:
+    """Raise InvalidRequest if a hash is named twice: no chain has the same prefix twice."""
+    if len(set(hashes)) != len(hashes):
+        raise InvalidRequest("a hash is named twice: the hashes are not one chain", field="hashes")
+
+
+def chosen_positions(hold: Hold, positions: Sequence[int]) -> np.ndarray:
+    """Which of the hold's slots a Commit names, as a mask; no positions: all.
+
+    Raises:
+        InvalidRequest: not reserved by the Put, committed before, or named twice.
+    """
+    if not positions:
+        return np.ones(len(hold.slots), dtype=bool)
+    chosen: np.ndarray = np.isin(hold.positions, positions)
+    if np.count_nonzero(chosen) != len(positions):
+        raise InvalidRequest(
+            "positions must be distinct, and reserved by the Put and not committed yet", field="positions"
+        )
+    return chosen
