@@ -23,10 +23,8 @@ class Echo(grpc.GenericRpcHandler):
     """Answers METHOD and nothing else."""
 
     def __init__(self) -> None:
-        # Without serializers: bytes in, bytes out. (The stubs know only handlers of threaded servers.)
-        self._handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(
-            self._answer  # type: ignore[arg-type]
-        )
+        # Without serializers: bytes in, bytes out.
+        self._handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(self._answer)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         return self._handler if handler_call_details.method == METHOD else None

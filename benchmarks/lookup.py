@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
+import grpc
+
 import kvservice_client as kv
 from benchmarks.daemon import HASH_SIZE_BYTES, attached
 from benchmarks.echo_server import METHOD, REPLY_SIZE_BYTES
@@ -121,7 +123,7 @@ def running_echo() -> Iterator[Call]:
             if not process.stdout.readline():
                 raise RuntimeError("the echo server ended before it was ready")
             with open_channel(directory) as channel:
-                call: Call = channel.unary_unary(METHOD)
+                call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(METHOD)
                 yield call
         finally:
             process.stdin.close()

@@ -78,6 +78,25 @@ class NamespaceSpec:
         )
 
 
-def split_hashes(packed: bytes, hash_size_bytes: int) -> list[BlockHash]:
-    """The hashes of a packed chain, root first; `len(packed)` must be a multiple of the size."""
-    return list(chain.from_iterable(iter_unpack(f"{hash_size_bytes}s", packed)))
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Block hashes, root first, packed back to back as the contract carries them.
+
+    Unpacked only as far as somebody looks: a lookup bisects thousands of hashes in a dozen probes.
+    """
+
+    packed: bytes
+    hash_size_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.packed) // self.hash_size_bytes
+
+    def hash_at(self, position: int) -> BlockHash:
+        """The hash at that position, 0 is the first."""
+        start = position * self.hash_size_bytes
+        return BlockHash(self.packed[start : start + self.hash_size_bytes])
+
+    def hashes(self, *, count: int | None = None) -> list[BlockHash]:
+        """The first `count` hashes; None: all."""
+        packed = self.packed if count is None else self.packed[: count * self.hash_size_bytes]
+        return list(chain.from_iterable(iter_unpack(f"{self.hash_size_bytes}s", packed)))

@@ -45,7 +45,7 @@ class FdSocket:
         self._allowed_gids = frozenset(config.allowed_gids)
         self._connections: set[asyncio.Task[None]] = set()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._listener.setblocking(False)
+        self._listener.setblocking(False)  # noqa: FBT003  # the standard library's signature
 
     def listen(self) -> None:
         """Bind and listen. Raises OSError."""
@@ -70,7 +70,7 @@ class FdSocket:
         instance: Peer | None = None
         try:
             with peer:
-                peer.setblocking(False)
+                peer.setblocking(False)  # noqa: FBT003  # the standard library's signature
                 identity = self._identify(peer)
                 request = await asyncio.wait_for(_receive(peer), _HELLO_TIMEOUT_S)
                 instance = self._welcome(peer, identity, request)

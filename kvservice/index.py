@@ -24,7 +24,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, NO_SLOT, BlockHash, Rows, Slots
+from kvservice.blocks import NO_ROW, NO_SLOT, BlockHash, Chain, Rows, Slots
 from kvservice.errors import InvalidRequest
 
 _COLUMNS: dict[str, tuple[type, int]] = {
@@ -86,14 +86,14 @@ class Index:
         assert block_hash is not None, f"row {row} is absent"
         return block_hash
 
-    def hit_length(self, hashes: Sequence[BlockHash]) -> int:
+    def hit_length(self, chain: Chain) -> int:
         """How many leading blocks of the chain are resident, in O(log n)."""
-        low, high = 0, len(hashes)
+        low, high = 0, len(chain)
         rows, state, depth = self._rows, self.state, self.depth
-        # Most calls are full hits or full misses: ask the ends first.
+        # Most calls are full hits or full misses: ask the end first.
         probe = high - 1
         while low < high:
-            row = rows.get(hashes[probe], NO_ROW)
+            row = rows.get(chain.hash_at(probe), NO_ROW)
             if row != NO_ROW and state[row] == State.RESIDENT and depth[row] == probe:
                 low = probe + 1
             else:
@@ -265,7 +265,7 @@ class Index:
 
     def _grow_to(self, capacity: int) -> None:
         for name, (dtype, blank) in _COLUMNS.items():
-            grown = np.full(capacity, blank, dtype=dtype) if blank else np.zeros(capacity, dtype=dtype)
+            grown: np.ndarray = np.full(capacity, blank, dtype=dtype) if blank else np.zeros(capacity, dtype=dtype)
             if self._capacity:
                 grown[: self._capacity] = getattr(self, name)
             setattr(self, name, grown)

@@ -7,7 +7,7 @@ InvalidRequest into named outcomes, because for an engine a service failure is a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -119,7 +119,7 @@ def from_detail(detail: pb.ErrorDetail) -> KVServiceError:
 
 def from_rpc(error: grpc.RpcError) -> KVServiceError:
     """The exception for a failed call: by our own detail where there is one, else by its status."""
-    trailing: Iterable[tuple[str, Any]] = error.trailing_metadata() or ()
+    trailing = cast(Iterable[tuple[str, Any]], error.trailing_metadata() or ())
     for key, value in trailing:
         if key == ERROR_KEY:
             return from_detail(pb.ErrorDetail.FromString(value))

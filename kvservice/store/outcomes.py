@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import groupby
 
 from kvservice.blocks import DropReason, NamespaceSpec, Slots, Tier
 from kvservice.dram import SlotPool
@@ -31,6 +33,11 @@ class Committed(Enum):
 
     PUBLISHED = "published"
     AWAITING_PARENT = "awaiting_parent"
+
+
+def runs(outcomes: Iterable[Committed | DropReason]) -> list[tuple[int, Committed | DropReason]]:
+    """Equal neighbours as one: (blocks, outcome)."""
+    return [(sum(1 for _ in group), outcome) for outcome, group in groupby(outcomes)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, BlockHash, split_hashes
+from kvservice.blocks import NO_ROW, BlockHash, Chain
 from kvservice.errors import InvalidRequest
 from kvservice.leases import Hold
 from kvservice.store.namespace import Namespace
 
 
-def chain(namespace: Namespace, packed: bytes, *, hashes_max: int) -> list[BlockHash]:
+def chain(namespace: Namespace, packed: bytes, *, hashes_max: int) -> Chain:
     """The hashes of a call, root first.
 
     Raises:
@@ -25,7 +25,7 @@ def chain(namespace: Namespace, packed: bytes, *, hashes_max: int) -> list[Block
         raise InvalidRequest(f"{len(packed)} bytes are not a multiple of the {size}-byte hash", field="hashes")
     if len(packed) > size * hashes_max:
         raise InvalidRequest(f"{len(packed) // size} hashes, at most {hashes_max} per call", field="hashes")
-    return split_hashes(packed, size)
+    return Chain(packed, size)
 
 
 def parent_row(namespace: Namespace, parent: bytes) -> int:

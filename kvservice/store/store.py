@@ -11,18 +11,10 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 
 import numpy as np
 
-from kvservice.blocks import (
-    NO_ROW,
-    BlockHash,
-    DropReason,
-    NamespaceKey,
-    NamespaceSpec,
-    Rows,
-)
+from kvservice.blocks import NO_ROW, Chain, DropReason, NamespaceKey, NamespaceSpec, Rows
 from kvservice.config import Config
 from kvservice.dram import Arena
 from kvservice.errors import Draining, NamespaceUnknown
@@ -44,6 +36,7 @@ from kvservice.store.outcomes import (
     Renewed,
     Reserved,
     Written,
+    runs,
 )
 from kvservice.store.registry import Registry
 from kvservice.store.space import Space
@@ -149,9 +142,9 @@ class Store:
     def lookup(self, instance: Peer, namespace_id: int, packed: bytes) -> Looked:
         """How many leading blocks are held. No side effect."""
         namespace = self.namespace(instance, namespace_id)
-        hashes = self._chain(namespace, packed)
-        hit = namespace.index.hit_length(hashes)
-        return Looked(hit, len(hashes), self._miss_after(namespace, hashes, hit))
+        chain = self._chain(namespace, packed)
+        hit = namespace.index.hit_length(chain)
+        return Looked(hit, len(chain), self._miss_after(namespace, chain, hit))
 
     def get(
         self,
@@ -167,16 +160,16 @@ class Store:
         """Lease the longest held prefix of at most `max_blocks` blocks (0: all)."""
         self._refuse_while_draining()
         namespace = self.namespace(instance, namespace_id)
-        hashes = self._chain(namespace, packed)
+        chain = self._chain(namespace, packed)
         self.leases.require_room(HoldKind.READ, instance.instance_id)
-        hit = namespace.index.hit_length(hashes)
+        hit = namespace.index.hit_length(chain)
         leased = min(hit, max_blocks) if max_blocks else hit
-        rows = namespace.index.rows_of(hashes[:leased])
+        rows = namespace.index.rows_of(chain.hashes(count=leased))
         slots = namespace.index.slot[rows]
         counters = namespace.counters
-        counters.requested += len(hashes)
+        counters.requested += len(chain)
         counters.dram_hits += leased
-        counters.misses += len(hashes) - leased
+        counters.misses += len(chain) - leased
         hold_id, lease_s = 0, 0.0
         if leased:
             namespace.pool.hold(slots)
@@ -193,8 +186,8 @@ class Store:
                 request_id=request_id,
                 asked_s=duration_s,
             )
-        miss = Miss.OVER_LIMIT if leased < hit else self._miss_after(namespace, hashes, hit)
-        return Granted(hold_id, lease_s, namespace.pool, slots, len(hashes) - leased, miss)
+        miss = Miss.OVER_LIMIT if leased < hit else self._miss_after(namespace, chain, hit)
+        return Granted(hold_id, lease_s, namespace.pool, slots, len(chain) - leased, miss)
 
     def renew(
         self, instance: Peer, lease_ids: Sequence[int], reservation_ids: Sequence[int], duration_s: float
@@ -248,7 +241,7 @@ class Store:
         self._refuse_while_draining()
         while True:
             namespace = self.namespace(instance, namespace_id)
-            hashes = self._chain(namespace, packed)
+            hashes = self._chain(namespace, packed).hashes()
             requests.require_distinct(hashes)
             self.leases.require_room(HoldKind.WRITE, instance.instance_id)
             parent_row = requests.parent_row(namespace, parent)
@@ -322,7 +315,7 @@ class Store:
         hold.slots, hold.positions = hold.slots[~chosen], hold.positions[~chosen]
         if not len(hold.slots):
             self.leases.end(hold)
-        return _runs(outcomes)
+        return runs(outcomes)
 
     def abort(self, instance: Peer, reservation_id: int) -> bool:
         """Give a reservation back; whether it had expired. Raises LeaseUnknown."""
@@ -389,11 +382,11 @@ class Store:
         finally:
             namespace.end_hold(pinned)
 
-    def _chain(self, namespace: Namespace, packed: bytes) -> list[BlockHash]:
+    def _chain(self, namespace: Namespace, packed: bytes) -> Chain:
         return requests.chain(namespace, packed, hashes_max=self.config.hashes_per_call_max)
 
-    def _miss_after(self, namespace: Namespace, hashes: Sequence[BlockHash], hit: int) -> Miss:
-        if hit < len(hashes) and namespace.index.row_of(hashes[hit]) != NO_ROW:
+    def _miss_after(self, namespace: Namespace, chain: Chain, hit: int) -> Miss:
+        if hit < len(chain) and namespace.index.row_of(chain.hash_at(hit)) != NO_ROW:
             return Miss.BEING_WRITTEN
         return Miss.NOT_HELD
 
@@ -407,7 +400,3 @@ class Store:
         for instance in self.instances:
             if namespace in instance.namespaces:
                 instance.notify(notice)
-
-
-def _runs(outcomes: Sequence[Committed | DropReason]) -> list[tuple[int, Committed | DropReason]]:
-    return [(len(list(group)), outcome) for outcome, group in groupby(outcomes)]
