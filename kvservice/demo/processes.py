@@ -33,6 +33,9 @@ class _Subprocess:
         self._log_path = log_path
         # What is set for this shell's own daemon or engine is not meant for the demo's.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("KVSERVICE_")}
+        # Threads that spin while they wait for one another make a forward 5 to 10 times slower as soon as any
+        # other process wants one of the cores; sleeping ones cost 1.4 times on an idle machine. Seen on two cores.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._process = subprocess.Popen(  # noqa: S603 - our own modules, no shell
             [sys.executable, *command],
             stdin=subprocess.PIPE,

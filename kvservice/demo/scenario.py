@@ -16,7 +16,7 @@ ANSWER_TIMEOUT_S = 300.0
 class Scale:
     """How much the demo does."""
 
-    conversations: int = 4
+    conversations: int = 3
     turns: int = 6
     # The turns from this one on are run by the restarted engine.
     restart_before_turn: int = 4

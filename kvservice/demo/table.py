@@ -90,7 +90,7 @@ class Progressing:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(description, total=steps)
         if not self._live:
-            self._console.print(description)
+            self._console.print(description, markup=False, highlight=False, soft_wrap=True)
         self._refresh()
 
     def step(self, text: str) -> None:
@@ -98,7 +98,7 @@ class Progressing:
         if self._task is not None:
             self._progress.advance(self._task)
         if not self._live:
-            self._console.print(f"  {text}")
+            self._console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
         self._refresh()
 
     def row(self, row: Row) -> None:
