@@ -16,7 +16,7 @@ RequireTool = Callable[[str, str], str]
 def require_tool() -> RequireTool:
     """Call it with a program's name and its Debian package; it returns the program's path.
 
-    Without the program the test is skipped; it fails when KVSERVICE_REQUIRE_TOOLS=1, which is what CI sets,
+    Without the program the test is skipped; it fails when REQUIRE_TEST_TOOLS=1, which is what CI sets,
     so that a test cannot go missing there unnoticed.
     """
 
@@ -25,8 +25,8 @@ def require_tool() -> RequireTool:
         if path is not None:
             return path
         reason = f"{name} is not installed (Debian: apt-get install {debian_package})"
-        if os.environ.get("KVSERVICE_REQUIRE_TOOLS") == "1":
-            pytest.fail(f"{reason}, and KVSERVICE_REQUIRE_TOOLS=1 forbids skipping", pytrace=False)
+        if os.environ.get("REQUIRE_TEST_TOOLS") == "1":
+            pytest.fail(f"{reason}, and REQUIRE_TEST_TOOLS=1 forbids skipping", pytrace=False)
         pytest.skip(reason)
 
     return require

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.experimental
+from google.protobuf.message import DecodeError
 
 from kvservice_client.errors import (
     DaemonUnreachable,
@@ -75,6 +76,9 @@ class MemorySocket:
         except KVServiceError:
             self._socket.close()
             raise
+        except DecodeError as error:
+            self._socket.close()
+            raise DaemonUnreachable(f"what listens at {path} is no kvservice daemon") from error
         self.token = response.welcome.token
 
     def segment(self, segment_id: int) -> Segment:

@@ -87,8 +87,7 @@ class Store:
     # ------------------------------------------------------------ connections
 
     def connect(self, identity: Identity) -> Peer:
-        """A process proved who it is; it gets a token. Raises Overloaded, Draining."""
-        self._refuse_while_draining()
+        """A process proved who it is; it gets a token, also while draining (it may only ask). Raises Overloaded."""
         return self.instances.connect(identity, identity.tenant(self.config.tenants), self.clock())
 
     async def attach(self, instance: Peer, name: str, specs: Sequence[NamespaceSpec]) -> list[int]:

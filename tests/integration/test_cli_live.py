@@ -33,6 +33,8 @@ BLOCK_BYTES = 64 * 1024
 ARENA_BYTES = 16 * BLOCK_BYTES
 DEADLINE_S = 20.0
 COMMAND = (sys.executable, "-m", "kvservice")
+# Whoever runs the tests may have a configuration of their own.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("KVSERVICE_")}
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Daemon:
 @contextmanager
 def daemon(socket_dir: Path, *flags: str) -> Iterator[Daemon]:
     argv = [*COMMAND, "serve", "--socket-dir", str(socket_dir), "--http-port", "0", "--dram-bytes", str(ARENA_BYTES)]
-    process = subprocess.Popen([*argv, *flags], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*argv, *flags], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stderr is not None
     lines: Queue[str | None] = Queue()
 
@@ -106,7 +108,12 @@ def running(socket_dir: Path) -> Iterator[Daemon]:
 
 def run(*argv: str, socket_dir: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *argv, "--socket-dir", socket_dir], capture_output=True, text=True, timeout=60, check=False
+        [*COMMAND, *argv, "--socket-dir", socket_dir],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=ENVIRONMENT,
     )
 
 
@@ -214,7 +221,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 180, 0, 0))
         self.settings_before = termios.tcgetattr(theirs)
-        environment = {**os.environ, "TERM": "xterm-256color"}
+        environment = {**ENVIRONMENT, "TERM": "xterm-256color"}
         self.process = subprocess.Popen(
             [*COMMAND, "top", "--interval", "0.1", "--socket-dir", socket_dir],
             stdin=theirs,
@@ -311,6 +318,7 @@ def test_a_second_daemon_in_the_same_directory_says_so_and_leaves_the_first_alon
         text=True,
         timeout=60,
         check=False,
+        env=ENVIRONMENT,
     )
     assert second.returncode == 1
     assert "another daemon serves" in second.stderr

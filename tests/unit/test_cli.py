@@ -16,6 +16,7 @@ import pytest
 from kvservice import __version__
 from kvservice.cli import COMMANDS, daemon, flags, main, serve
 from kvservice.config import KNOBS, Config, Kind
+from kvservice_client import default_socket_dir
 
 pytestmark = pytest.mark.unit
 
@@ -227,3 +228,19 @@ def test_the_origin_of_the_directory_is_told(
     monkeypatch.setenv("KVSERVICE_SOCKET_DIR", f"{socket_dir}/other")
     assert main(["stats"]) == 2
     assert f"{socket_dir}/other (socket_dir from KVSERVICE_SOCKET_DIR)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"XDG_RUNTIME_DIR": "/run/user/7"},
+        {"XDG_RUNTIME_DIR": ""},
+        {"KVSERVICE_SOCKET_DIR": "/srv/kv"},
+        {"KVSERVICE_SOCKET_DIR": "/srv/kv", "XDG_RUNTIME_DIR": "/run/user/7"},
+    ],
+)
+def test_daemon_and_client_look_in_the_same_directory(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    assert Config.load({}, os.environ).socket_dir == default_socket_dir()
