@@ -84,8 +84,8 @@ class DaemonProcess:
     ) -> None:
         if self.is_running:
             self.kill()
-        if kind is not None:
-            sys.stderr.write(f"----- log of the daemon in {self.socket_dir}\n{self.output}")
+        # pytest shows it where the test failed.
+        sys.stderr.write(f"----- log of the daemon in {self.socket_dir}\n{self.output}")
 
     # -------------------------------------------------------------------- life
 

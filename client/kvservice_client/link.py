@@ -167,18 +167,23 @@ class Link:
         try:
             for response in self._stream:
                 self._heard_at_s = time.monotonic()
-                match response.WhichOneof("message"):
-                    case "segments_changed":
-                        self._retire(response.segments_changed.retired_ids)
-                        for segment_id in response.segments_changed.added_ids:
-                            self._map_if_there(segment_id)
-                    case "drain_notice":
-                        self.is_draining = True
-                self._pay_debts()
-        except (grpc.RpcError, OSError):
-            pass  # the link is over, whatever broke it
+                # In use meanwhile, so that nobody unmaps and hangs up under a segment being mapped.
+                with self.in_use():
+                    self._follow(response)
+                    self._pay_debts()
+        except (grpc.RpcError, OSError, DaemonUnreachable):
+            pass  # the link is over, whatever ended it
         finally:
             self.end()
+
+    def _follow(self, response: pb.AttachResponse) -> None:
+        match response.WhichOneof("message"):
+            case "segments_changed":
+                self._retire(response.segments_changed.retired_ids)
+                for segment_id in response.segments_changed.added_ids:
+                    self._map_if_there(segment_id)
+            case "drain_notice":
+                self.is_draining = True
 
     @property
     def is_responsive(self) -> bool:

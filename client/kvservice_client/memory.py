@@ -253,7 +253,7 @@ class Buffers:
         view = _PyBuffer()
         try:
             _get_buffer(buffer, ctypes.byref(view), _PYBUF_WRITABLE if self._writable else _PYBUF_SIMPLE)
-        except (BufferError, TypeError) as error:
+        except (BufferError, TypeError, ValueError) as error:  # ValueError: numpy's for read-only and strided arrays
             raise InvalidRequest(f"not a usable buffer: {error}") from None
         self._views.append(view)
         return _require_size(int(view.buf or 0), int(view.len), size_bytes)

@@ -76,7 +76,7 @@ class Demo:
     def _engine(self, name: str, *extra: str) -> EngineProcess:
         arguments = ["--model", str(self._model), "--weights-identity", self._weights_identity]
         arguments += ["--dtype", self._dtype, "--name", name, "--rows", str(self._scale.conversations)]
-        # Room for a tokenizer that makes a little more or less of the text than asked for is not needed: turns are cut.
+        # Every turn is cut to its length, so no conversation grows beyond this.
         arguments += ["--window-tokens", str(self._scale.conversation_tokens)]
         return EngineProcess(name, [*arguments, *extra], self._folder)
 
@@ -148,6 +148,9 @@ class Demo:
                 turn=turn,
                 engine=engine.name,
                 history_tokens=len(conversation.history(turn)),
+                history_reproduced=all(
+                    row.tokens_identical for row in self.rows if row.conversation == conversation.index + 1
+                ),
                 tokens_per_block=ready.tokens_per_block,
                 dtype=ready.dtype,
             )

@@ -26,14 +26,13 @@ def made_console() -> Console:
 
 def table_of(rows: Sequence[Row]) -> Table:
     """All turns so far, one line each; 79 columns wide."""
-    table = Table(title=_TITLE, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=_TITLE, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     headings = (
-        "con-\nvers.", "turn", "engine", "history\ntokens", "\nreused", "com-\nputed", "TTFT ms\nrecomputed",
-        "TTFT ms\nresumed", "speed-\nup", "\ntokens", "logits\nmax diff",
+        "con-\nvers.", "turn", "engine", "history\ntokens", "\nreused", "com-\nputed", "TTFT ms\nrecomp.",
+        "TTFT ms\nresumed", "speed-\nup", "\ntokens", "logits\ndiff",
     )  # fmt: skip
     for heading in headings:
-        left = heading in {"engine", "\ntokens"}
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True, vertical="bottom")
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     engine = rows[0].engine if rows else ""
     for row in rows:
         if row.engine != engine:
@@ -47,14 +46,14 @@ def _cells(row: Row) -> list[str]:
     return [
         str(row.conversation),
         str(row.turn),
-        row.engine,
+        row.engine.removeprefix("engine "),
         f"{row.history_tokens:,}",
         f"{row.reused_tokens:,}",
         f"{row.computed_tokens:,}",
         f"{row.ttft_recomputed_ms:.1f}",
         f"{row.ttft_resumed_ms:.1f}",
         f"{row.speed_up:.1f}x" if row.history_tokens else "-",
-        "identical" if row.tokens_identical else "DIFFER",
+        "same" if row.tokens_identical else "DIFFER",
         f"{row.logits_difference_max:.1e}",
     ]
 

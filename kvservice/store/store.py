@@ -103,6 +103,7 @@ class Store:
         for spec in specs:
             self._registry.require_fits(spec)
         self.instances.attach(instance, name)
+        instance.namespaces.clear()  # of an earlier attachment: its ids must not answer for these
         try:
             for spec in specs:
                 instance.namespaces.append(await self._registry.namespace_for(spec))

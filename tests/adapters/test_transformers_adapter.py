@@ -17,8 +17,8 @@ import kvservice_client as kv
 from kvservice.demo.processes import DaemonProcess, EngineProcess
 from kvservice.demo.protocol import Finished, Generate
 from kvservice.demo.scenario import drain, run_one
-from kvservice_adapters.serving import ForwardCounter
 from kvservice_adapters.service import KVClient
+from kvservice_adapters.serving import ForwardCounter
 from kvservice_adapters.transformers import (
     AdapterOptions,
     DrainOutcome,
@@ -236,7 +236,7 @@ def test_without_a_weights_identity_nothing_is_served(model: PreTrainedModel) ->
 
 
 def engine(name: str, model_dir: Path, folder: Path, socket_dir: Path | str = "") -> EngineProcess:
-    arguments = ["--model", str(model_dir), "--weights-identity", name.split()[0], "--device", "cpu", "--name", name]
+    arguments = ["--model", str(model_dir), "--weights-identity", "seeded", "--device", "cpu", "--name", name]
     return EngineProcess(name, [*arguments, "--socket-dir", str(socket_dir)], folder)
 
 
@@ -250,9 +250,9 @@ def test_a_second_engine_process_resumes_what_the_first_one_saved(
     first_turn, second_turn = prompt().tolist()[0], prompt(seed=1, tokens=40).tolist()[0]
     results: dict[str, Finished] = {}
     with (
-        engine("alike without", model_dir, tmp_path) as without,
-        engine("alike one", model_dir, tmp_path, socket_dir) as one,
-        engine("alike two", model_dir, tmp_path, socket_dir) as two,
+        engine("without", model_dir, tmp_path) as without,
+        engine("one", model_dir, tmp_path, socket_dir) as one,
+        engine("two", model_dir, tmp_path, socket_dir) as two,
     ):
         for process in (without, one, two):
             assert process.wait_ready(TIMEOUT_S).attached is (process is not without)

@@ -126,7 +126,7 @@ def apply(index: Index, model: Model, kind: str, choice: int, argument: int) -> 
             chosen = [at for bit, at in enumerate(path) if argument >> (bit % 5) & 1] or path
             became = index.publish(np.array([index.row_of(at) for at in chosen], dtype=np.int32), 2.0)
             assert {index.hash_of(row) for row in became.tolist()} == model.publish(chosen)
-            seen = set()
+            seen: set[int] = set()
             for row in became.tolist():
                 assert int(index.parent[row]) not in set(became.tolist()) - seen, "a block came before its prefix"
                 seen.add(row)

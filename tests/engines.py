@@ -1,0 +1,140 @@
+"""engines: client processes that do one thing at a time, when the test says so, and can be stopped in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+import kvservice_client as kv
+from tests.daemons import environment
+from tests.waiting import DEADLINE_S, eventually
+
+_PROGRAM = Path(__file__).parent / "integration" / "programs" / "engine.py"
+
+
+class EngineFailed(Exception):
+    """The command raised in the engine; `kind` is the exception's class."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+
+
+class EngineProcess:
+    """A process that imports the client library: commands go down a pipe, answers come up another.
+
+    A context manager that leaves no process behind. Args: `uid`, `gid`: become this user first (needs root).
+    """
+
+    def __init__(self, *, uid: int = -1, gid: int = -1) -> None:
+        identity = [] if uid < 0 else [str(uid), str(gid)]
+        self._popen = subprocess.Popen(
+            [sys.executable, str(_PROGRAM), *identity],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        self._watchdog: threading.Timer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.is_running:
+            self.kill()
+        for stream in (self._popen.stdin, self._popen.stdout):
+            if stream is not None:
+                stream.close()
+
+    @property
+    def process_id(self) -> int:
+        return self._popen.pid
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self._popen.pid)
+
+    @property
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
+
+    # ---------------------------------------------------------------- commands
+
+    def start(self, command: str, **arguments: Any) -> None:
+        """Send a command without waiting for its answer."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+        self._popen.stdin.flush()
+
+    def answer(self) -> Any:
+        """Wait for the answer of the oldest command.
+
+        Raises:
+            EngineFailed: the command raised.
+            EOFError: the process is gone.
+        """
+        assert self._popen.stdout is not None
+        # A read of a pipe has no deadline of its own; the end of the process ends it.
+        watchdog = threading.Timer(2 * DEADLINE_S, self._popen.kill)
+        watchdog.start()
+        try:
+            line = self._popen.stdout.readline()
+        finally:
+            watchdog.cancel()
+        if not line:
+            raise EOFError(f"the engine is gone: {self._popen.wait(DEADLINE_S)}")
+        answered = json.loads(line)
+        if "error" in answered:
+            raise EngineFailed(answered["error"], answered["message"])
+        return answered["answer"]
+
+    def do(self, command: str, **arguments: Any) -> Any:
+        """Send a command and wait for its answer. Raises EngineFailed, EOFError."""
+        self.start(command, **arguments)
+        return self.answer()
+
+    def attach(self, socket_dir: str, namespace: kv.Namespace, *, timeout_s: float = 10.0) -> str:
+        """Attach; the client's status."""
+        described = dataclasses.asdict(namespace) | {"fingerprint": namespace.fingerprint.hex()}
+        return str(self.do("attach", socket_dir=socket_dir, namespace=described, timeout_s=timeout_s))
+
+    # ----------------------------------------------------------------- signals
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._popen.kill()
+        self._popen.wait(DEADLINE_S)
+
+    def quit(self) -> int:
+        """End of its input: it closes its client and ends; the exit status."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
+        return self._popen.wait(DEADLINE_S)
+
+    def pause(self) -> None:
+        """SIGSTOP, and wait until it stands still."""
+        self._popen.send_signal(signal.SIGSTOP)
+        eventually(lambda: self.process.status() == psutil.STATUS_STOPPED)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._popen.send_signal(signal.SIGCONT)
+
+    # ----------------------------------------------------------------- looking
+
+    def mapped_segments(self) -> list[str]:
+        """Names of the daemon's memory that the process has mapped, as the kernel tells."""
+        lines = Path(f"/proc/{self.process_id}/maps").read_text(encoding="utf-8").splitlines()
+        return [line.split("/memfd:", 1)[1] for line in lines if "/memfd:kvservice-segment" in line]

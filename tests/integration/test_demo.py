@@ -1,0 +1,59 @@
+"""`kvservice demo`: exit status 0 when everything held, 1 when something is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvservice", "demo", "--quick", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_conversations_resume_and_the_status_is_zero(tmp_path: Path) -> None:
+    rows_file = tmp_path / "rows.json"
+    done = demo("--json", str(rows_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All checks passed." in done.stdout
+    written = json.loads(rows_file.read_text())
+    rows = written["rows"]
+    assert [(row["conversation"], row["turn"], row["engine"]) for row in rows] == [
+        (1, 1, "engine 1"),
+        (2, 1, "engine 1"),
+        (1, 2, "engine 1"),
+        (2, 2, "engine 1"),
+        (1, 3, "engine 2"),
+        (2, 3, "engine 2"),
+    ]
+    for row in rows:
+        assert row["tokens_identical"]
+        assert row["reused_tokens"] + row["computed_tokens"] == row["history_tokens"] + row["new_tokens"]
+        assert row["computed_tokens"] <= row["new_tokens"] + 16
+        assert row["reused_tokens"] > 0 or row["turn"] == 1
+    assert written["control"]["tokens_differ"]
+    assert written["control"]["sound_tokens_identical"]
+    assert written["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "noticed"),
+    [("lose-blocks", "are new, 16 make a block"), ("corrupt-blocks", "the tokens differ from the recomputed ones")],
+)
+def test_an_engine_that_is_broken_on_purpose_is_noticed(sabotage: str, noticed: str) -> None:
+    done = demo("--sabotage", sabotage)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert noticed in done.stdout
+    assert "Something is off." in done.stdout
+
+
+def test_a_folder_without_a_model_is_said_so() -> None:
+    done = demo("--model", "/nonexistent")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "/nonexistent" in done.stdout
