@@ -12,8 +12,8 @@ Pure: no I/O, time is an argument.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,6 +21,9 @@ import numpy as np
 
 from kvservice.blocks import NamespaceKey, Slots
 from kvservice.errors import LeaseExpired, LeaseUnknown, Overloaded, ReservationLost
+
+GIVEN_UP_MAX = 1024
+"""Attempts remembered per instance, so that one granted late is refused."""
 
 
 class HoldKind(Enum):
@@ -46,6 +49,8 @@ class Hold:
     """Their places among the slots first granted."""
     granted_at_s: float
     expires_at_s: float
+    attempt_id: int = 0
+    """The caller's own name for the call; 0: none."""
     expired: bool = False
 
 
@@ -62,6 +67,7 @@ class Leases:
         self._holds: dict[int, Hold] = {}
         self._by_instance: dict[int, dict[int, Hold]] = {}
         self._counts: Counter[tuple[HoldKind, int]] = Counter()
+        self._given_up: dict[int, OrderedDict[int, None]] = {}  # attempts by instance, oldest first
         self._expiries: list[tuple[float, int]] = []
 
     def __iter__(self) -> Iterator[Hold]:
@@ -78,13 +84,14 @@ class Leases:
         slots: Slots,
         now_s: float,
         duration_s: float,
+        attempt_id: int = 0,
     ) -> Hold:
         """A new hold.
 
         Raises:
             Overloaded: the instance has as many as it may.
         """
-        self.require_room(kind, instance_id)
+        self.require_room(kind, instance_id, attempt_id=attempt_id)
         hold_id = self._next_id
         self._next_id += 1
         expires_at_s = now_s + duration_s
@@ -99,6 +106,7 @@ class Leases:
             positions=np.arange(len(slots), dtype=np.int32),
             granted_at_s=now_s,
             expires_at_s=expires_at_s,
+            attempt_id=attempt_id,
         )
         self._holds[hold_id] = hold
         self._by_instance.setdefault(instance_id, {})[hold_id] = hold
@@ -106,8 +114,15 @@ class Leases:
         heapq.heappush(self._expiries, (expires_at_s, hold_id))
         return hold
 
-    def require_room(self, kind: HoldKind, instance_id: int) -> None:
-        """Raise Overloaded if the instance may not have another hold of that kind."""
+    def require_room(self, kind: HoldKind, instance_id: int, *, attempt_id: int = 0) -> None:
+        """Whether the instance may have another hold of that kind.
+
+        Raises:
+            Overloaded: it has as many as it may.
+            LeaseExpired: the caller gave this attempt up already.
+        """
+        if attempt_id and attempt_id in self._given_up.get(instance_id, ()):
+            raise LeaseExpired(f"attempt {attempt_id} was released before it was granted")
         bound = self._per_instance_max[kind]
         if self._counts[kind, instance_id] >= bound:
             raise Overloaded(f"this instance already has {bound} {kind.value}s; release some first")
@@ -162,6 +177,20 @@ class Leases:
         """The holds of one request."""
         holds = self._by_instance.get(instance_id, {}).values()
         return [hold for hold in holds if hold.request_id == request_id]
+
+    def give_up(self, instance_id: int, attempt_ids: Collection[int]) -> list[Hold]:
+        """The holds that these attempts were granted; attempts not granted yet never will be."""
+        wanted = set(attempt_ids)
+        found = [hold for hold in self._by_instance.get(instance_id, {}).values() if hold.attempt_id in wanted]
+        given_up = self._given_up.setdefault(instance_id, OrderedDict())
+        given_up.update(dict.fromkeys(wanted - {hold.attempt_id for hold in found}))
+        while len(given_up) > GIVEN_UP_MAX:
+            given_up.popitem(last=False)
+        return found
+
+    def forget_instance(self, instance_id: int) -> None:
+        """The instance is gone, and its holds were ended."""
+        self._given_up.pop(instance_id, None)
 
     def of_instance(self, instance_id: int) -> list[Hold]:
         """The holds of one instance."""

@@ -281,6 +281,15 @@ class DaemonThread:
 
         return self.on_loop(count)
 
+    def wait_checksummed(self) -> None:
+        """Wait until the background has made every checksum, and holds no slot for it any more."""
+
+        def is_done() -> bool:
+            held = sum(int(namespace.pool.holders.sum()) for namespace in self.store.namespaces.values())
+            return not self.store.checksummer.queued_blocks and held == sum(len(of.slots) for of in self.store.leases)
+
+        eventually(lambda: self.on_loop(is_done), what="checksums are made")
+
     def wait_no_holds(self) -> None:
         """Wait until nobody holds anything, quarantine included; then check."""
         eventually(lambda: self.holds() == (0, 0, 0), what="no lease, reservation or quarantined slot is left")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import grpc
 
 from kvservice_client.errors import from_rpc
-from kvservice_client.link import TOKEN_KEY, MemorySocket, open_channel
+from kvservice_client.link import TOKEN_KEY, open_channel
+from kvservice_client.memory_socket import MemorySocket
 from kvservice_client.namespace import default_socket_dir
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from kvservice_proto.v1 import kvservice_pb2_grpc

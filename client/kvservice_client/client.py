@@ -322,7 +322,7 @@ class Client:
             request_id=request_id,
             lease_ms=int(lease_s * 1000),
         )
-        response = link.call(link.stub.Put, request, deadline_s)
+        response = link.put(request, deadline_s)
         return Reservation(link, response, block_size_bytes=self.namespace.block_size_bytes)
 
     def forget_session(self, session_id: str) -> ForgetResult:

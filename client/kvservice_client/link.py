@@ -7,19 +7,18 @@ daemon that socket's hang-up means that nobody does any more.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 import grpc.experimental
-from google.protobuf.message import DecodeError
 
 from kvservice_client.errors import (
     DaemonUnreachable,
@@ -28,100 +27,31 @@ from kvservice_client.errors import (
     LeaseUnknown,
     NamespaceUnknown,
     Unauthenticated,
-    from_detail,
     from_rpc,
 )
 from kvservice_client.memory import Segment
+from kvservice_client.memory_socket import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, MemorySocket
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from kvservice_proto.v1 import kvservice_pb2_grpc
 
 CONTROL_SOCKET = "control.sock"
-MEMORY_SOCKET = "memory.sock"
 TOKEN_KEY = "kvservice-token-bin"
-PROTOCOL_VERSION_MIN = 1
-PROTOCOL_VERSION_MAX = 1
 
 _PING_INTERVAL_S = 2.0
 _UNRESPONSIVE_S = 3 * _PING_INTERVAL_S
-_HANDSHAKE_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 5.0
 _MESSAGE_BYTES_MAX = 64 * 1024 * 1024
-_LENGTH = struct.Struct(">I")
 
 Response = TypeVar("Response")
 
 
-class MemorySocket:
-    """The second Unix socket: requests one at a time, from any thread."""
+@dataclass(frozen=True, slots=True)
+class _Debt:
+    """A hold that this process let go of and the daemon does not know it yet."""
 
-    def __init__(self, socket_dir: str, *, timeout_s: float) -> None:
-        """Connect and shake hands.
-
-        Raises:
-            DaemonUnreachable: nothing listens there. PermissionDenied, Overloaded, Draining.
-        """
-        path = os.path.join(socket_dir, MEMORY_SOCKET)
-        self._lock = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(timeout_s)
-        try:
-            self._socket.connect(path)
-            hello = pb.SocketHello(protocol_version_min=PROTOCOL_VERSION_MIN, protocol_version_max=PROTOCOL_VERSION_MAX)
-            response, _ = self._exchange(pb.SocketRequest(hello=hello))
-        except OSError as error:
-            self._socket.close()
-            raise DaemonUnreachable(
-                f"no daemon answers at {path} ({error}); start one with `kvservice serve --socket-dir {socket_dir}`, "
-                "or name its directory"
-            ) from error
-        except KVServiceError:
-            self._socket.close()
-            raise
-        except DecodeError as error:
-            self._socket.close()
-            raise DaemonUnreachable(f"what listens at {path} is no kvservice daemon") from error
-        self.token = response.welcome.token
-
-    def segment(self, segment_id: int) -> Segment:
-        """Fetch and map a segment. Blocks.
-
-        Raises:
-            InvalidRequest: the daemon has no such segment for this process. OSError.
-        """
-        response, fds = self._exchange(pb.SocketRequest(segment=pb.SegmentRequest(segment_id=segment_id)))
-        grant = response.segment
-        if len(fds) != 2:
-            for descriptor in fds:
-                os.close(descriptor)
-            raise OSError(f"the daemon sent {len(fds)} descriptors for a segment, not 2")
-        return Segment(
-            segment_id, fds=fds, size_bytes=grant.size_bytes, stride_bytes=grant.slot_stride_bytes, slots=grant.slots
-        )
-
-    def close(self) -> None:
-        """Hang up: this process touches the daemon's memory no more."""
-        self._socket.close()
-
-    def _exchange(self, request: pb.SocketRequest) -> tuple[pb.SocketResponse, list[int]]:
-        body = request.SerializeToString()
-        with self._lock:
-            self._socket.sendall(_LENGTH.pack(len(body)) + body)
-            header, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 2)
-            for descriptor in fds:
-                os.set_inheritable(descriptor, False)  # noqa: FBT003  # the standard library's signature
-            header += self._receive(_LENGTH.size - len(header))
-            response = pb.SocketResponse.FromString(self._receive(_LENGTH.unpack(header)[0]))
-        if response.WhichOneof("message") == "error":
-            raise from_detail(response.error)
-        return response, list(fds)
-
-    def _receive(self, size_bytes: int) -> bytes:
-        received = b""
-        while len(received) < size_bytes:
-            part = self._socket.recv(size_bytes - len(received))
-            if not part:
-                raise ConnectionResetError("the daemon hung up")
-            received += part
-        return received
+    lease_id: int = 0
+    reservation_id: int = 0
+    attempt_id: int = 0
 
 
 class Link:
@@ -146,7 +76,8 @@ class Link:
         self._segment_uses: dict[int, int] = {}
         self._retired: set[int] = set()
         self._uses = 0
-        self._owed: list[tuple[int, int]] = []  # (lease id, reservation id) that could not be ended yet
+        self._owed: list[_Debt] = []
+        self._attempts = itertools.count(1)
         self._heard_at_s = time.monotonic()
         self.is_over = False
         self.is_draining = False
@@ -255,22 +186,32 @@ class Link:
         Raises:
             KVServiceError.
         """
+        request.attempt_id = next(self._attempts)
         try:
             yield from self.stub.Get(request, timeout=timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
-            raise self._failed(error) from None
+            raise self._failed_attempt(error, request.attempt_id) from None
 
-    def end_hold(self, *, lease_id: int = 0, reservation_id: int = 0, timeout_s: float = 5.0) -> None:
+    def put(self, request: pb.PutRequest, timeout_s: float) -> pb.PutResponse:
+        """One Put.
+
+        Raises:
+            KVServiceError.
+        """
+        request.attempt_id = next(self._attempts)
+        try:
+            response: pb.PutResponse = self.stub.Put(request, timeout=timeout_s, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self._failed_attempt(error, request.attempt_id) from None
+        return response
+
+    def end_hold(self, *, lease_id: int = 0, reservation_id: int = 0) -> None:
         """Release or abort. Never raises: what fails is tried again later, as a debt.
 
         While the process lives, an expired hold keeps its slots until it is ended, so none may be
         forgotten.
         """
-        try:
-            self._end_hold(lease_id, reservation_id, timeout_s)
-        except KVServiceError:
-            with self._lock:
-                self._owed.append((lease_id, reservation_id))
+        self._pay(_Debt(lease_id=lease_id, reservation_id=reservation_id))
 
     def use_segment(self, segment_id: int) -> Segment:
         """The mapped segment, mapping it now if need be; it stays mapped until `unuse_segment`.
@@ -332,20 +273,35 @@ class Link:
             self._stream.cancel()  # ends `run`, and the client attaches again
         return translated
 
-    def _end_hold(self, lease_id: int, reservation_id: int, timeout_s: float) -> None:
+    def _failed_attempt(self, error: grpc.RpcError, attempt_id: int) -> KVServiceError:
+        """The call may have granted something though its answer did not arrive: that is owed back."""
+        translated = self._failed(error)
+        if isinstance(translated, DaemonUnreachable):
+            with self._lock:
+                self._owed.append(_Debt(attempt_id=attempt_id))
+        return translated
+
+    def _pay(self, debt: _Debt) -> None:
         try:
-            if lease_id:
-                self.call(self.stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]), timeout_s)
-            if reservation_id:
-                self.call(self.stub.Abort, pb.AbortRequest(reservation_id=reservation_id), timeout_s)
+            if debt.reservation_id:
+                self.call(self.stub.Abort, pb.AbortRequest(reservation_id=debt.reservation_id), _END_TIMEOUT_S)
+            else:
+                request = pb.ReleaseRequest(
+                    lease_ids=[debt.lease_id] if debt.lease_id else [],
+                    attempt_ids=[debt.attempt_id] if debt.attempt_id else [],
+                )
+                self.call(self.stub.Release, request, _END_TIMEOUT_S)
         except LeaseUnknown:
             pass  # ended already: an earlier try arrived though its answer did not
+        except KVServiceError:
+            with self._lock:
+                self._owed.append(debt)
 
     def _pay_debts(self) -> None:
         with self._lock:
             owed, self._owed = self._owed, []
-        for lease_id, reservation_id in owed:
-            self.end_hold(lease_id=lease_id, reservation_id=reservation_id)
+        for debt in owed:
+            self._pay(debt)
 
     def _map_if_there(self, segment_id: int) -> None:
         try:

@@ -92,7 +92,7 @@ class Daemon:
         await self.health.set(serving=False)
         self.store.drain()
         deadline_s = time.monotonic() + self.config.drain_s
-        while not self.store.is_idle and time.monotonic() < deadline_s:
+        while not self.store.is_idle and time.monotonic() < deadline_s:  # noqa: ASYNC110  # holds end in many places
             await asyncio.sleep(_DRAIN_POLL_S)
         _log.info("drained", is_idle=self.store.is_idle)
 

@@ -116,6 +116,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             request_id=require_text(request.request_id, "request_id"),
             duration_s=request.lease_ms / 1000,
             max_blocks=request.max_blocks,
+            attempt_id=request.attempt_id,
         )
         response = messages.get_response(granted)
         metrics = self._metrics
@@ -137,7 +138,8 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
     def _release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         self._require_few(request.lease_ids, "lease_ids")
         request_id = require_text(request.request_id, "request_id")
-        ended = self._store.release(self._instance(context), request.lease_ids, request_id)
+        self._require_few(request.attempt_ids, "attempt_ids")
+        ended = self._store.release(self._instance(context), request.lease_ids, request_id, request.attempt_ids)
         return pb.ReleaseResponse(released=ended.live, expired=ended.expired)
 
     async def _put(self, request: pb.PutRequest, context: Context) -> pb.PutResponse:
@@ -149,6 +151,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             session_id=require_text(request.session_id, "session_id"),
             request_id=require_text(request.request_id, "request_id"),
             duration_s=request.lease_ms / 1000,
+            attempt_id=request.attempt_id,
         )
         response = messages.put_response(reserved)
         for run in response.runs:

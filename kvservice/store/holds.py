@@ -41,6 +41,7 @@ class Holds:
         session_id: str,
         request_id: str,
         asked_s: float,
+        attempt_id: int,
     ) -> tuple[int, float]:
         """A new hold on slots that are held already; its id and how long it lasts in seconds."""
         duration_s = self.duration_s(asked_s)
@@ -53,6 +54,7 @@ class Holds:
             slots=slots,
             now_s=self._clock(),
             duration_s=duration_s,
+            attempt_id=attempt_id,
         )
         return hold.hold_id, duration_s
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, BlockHash, Chain
+from kvservice.blocks import NO_ROW, BlockHash, Chain, Rows
 from kvservice.errors import InvalidRequest
+from kvservice.index import State
 from kvservice.leases import Hold
 from kvservice.store.namespace import Namespace
+from kvservice.store.outcomes import Miss, Written
 
 
 def chain(namespace: Namespace, packed: bytes, *, hashes_max: int) -> Chain:
@@ -60,3 +62,17 @@ def chosen_positions(hold: Hold, positions: Sequence[int]) -> np.ndarray:
             "positions must be distinct, and reserved by the Put and not committed yet", field="positions"
         )
     return chosen
+
+
+def miss_after(namespace: Namespace, chain: Chain, hit: int) -> Miss:
+    """Why the block after the first `hit` is not handed out."""
+    if hit < len(chain) and namespace.index.row_of(chain.hash_at(hit)) != NO_ROW:
+        return Miss.BEING_WRITTEN
+    return Miss.NOT_HELD
+
+
+def known_runs(namespace: Namespace, rows: Rows) -> list[tuple[int, Written]]:
+    """Why there is nothing to write for the leading blocks of a Put that the index knows, as runs."""
+    resident = int(np.count_nonzero(namespace.index.state[rows] == State.RESIDENT))
+    runs = [(resident, Written.HELD), (len(rows) - resident, Written.BEING_WRITTEN)]
+    return [run for run in runs if run[0]]

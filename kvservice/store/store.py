@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, Chain, DropReason, NamespaceKey, NamespaceSpec, Rows
+from kvservice.blocks import NO_ROW, Chain, DropReason, NamespaceKey, NamespaceSpec
 from kvservice.config import Config
 from kvservice.dram import Arena
 from kvservice.errors import Draining, NamespaceUnknown
@@ -125,6 +125,7 @@ class Store:
         self.detach(instance)
         for hold in self.leases.of_instance(instance.instance_id):
             self._holds.end(hold)
+        self.leases.forget_instance(instance.instance_id)
         self.instances.hang_up(instance)
 
     def namespace(self, instance: Peer, namespace_id: int) -> Namespace:
@@ -144,7 +145,7 @@ class Store:
         namespace = self.namespace(instance, namespace_id)
         chain = self._chain(namespace, packed)
         hit = namespace.index.hit_length(chain)
-        return Looked(hit, len(chain), self._miss_after(namespace, chain, hit))
+        return Looked(hit, len(chain), requests.miss_after(namespace, chain, hit))
 
     def get(
         self,
@@ -156,12 +157,13 @@ class Store:
         request_id: str,
         duration_s: float,
         max_blocks: int,
+        attempt_id: int = 0,
     ) -> Granted:
         """Lease the longest held prefix of at most `max_blocks` blocks (0: all)."""
         self._refuse_while_draining()
         namespace = self.namespace(instance, namespace_id)
         chain = self._chain(namespace, packed)
-        self.leases.require_room(HoldKind.READ, instance.instance_id)
+        self.leases.require_room(HoldKind.READ, instance.instance_id, attempt_id=attempt_id)
         hit = namespace.index.hit_length(chain)
         leased = min(hit, max_blocks) if max_blocks else hit
         rows = namespace.index.rows_of(chain.hashes(count=leased))
@@ -185,8 +187,9 @@ class Store:
                 session_id=session_id,
                 request_id=request_id,
                 asked_s=duration_s,
+                attempt_id=attempt_id,
             )
-        miss = Miss.OVER_LIMIT if leased < hit else self._miss_after(namespace, chain, hit)
+        miss = Miss.OVER_LIMIT if leased < hit else requests.miss_after(namespace, chain, hit)
         return Granted(hold_id, lease_s, namespace.pool, slots, len(chain) - leased, miss)
 
     def renew(
@@ -206,8 +209,10 @@ class Store:
             self.leases.renew(hold, now_s=now_s, duration_s=duration_s)
         return Renewed(duration_s)
 
-    def release(self, instance: Peer, lease_ids: Sequence[int], request_id: str) -> Ended:
-        """End leases, and all holds of a request; all or none.
+    def release(
+        self, instance: Peer, lease_ids: Sequence[int], request_id: str = "", attempt_ids: Sequence[int] = ()
+    ) -> Ended:
+        """End leases, all holds of a request, and what attempts were granted; all or none.
 
         Raises:
             LeaseUnknown: a lease id is not this instance's, or is named twice.
@@ -215,6 +220,8 @@ class Store:
         holds = self._holds.find(instance, HoldKind.READ, lease_ids)
         if request_id:
             holds += [hold for hold in self.leases.of_request(instance.instance_id, request_id) if hold not in holds]
+        if attempt_ids:
+            holds += [hold for hold in self.leases.give_up(instance.instance_id, attempt_ids) if hold not in holds]
         for hold in holds:
             self._holds.end(hold)
         expired = sum(hold.expired for hold in holds)
@@ -232,6 +239,7 @@ class Store:
         session_id: str,
         request_id: str,
         duration_s: float,
+        attempt_id: int = 0,
     ) -> Reserved:
         """Reserve slots for the blocks of a chain that are not held yet, all or none.
 
@@ -243,7 +251,7 @@ class Store:
             namespace = self.namespace(instance, namespace_id)
             hashes = self._chain(namespace, packed).hashes()
             requests.require_distinct(hashes)
-            self.leases.require_room(HoldKind.WRITE, instance.instance_id)
+            self.leases.require_room(HoldKind.WRITE, instance.instance_id, attempt_id=attempt_id)
             parent_row = requests.parent_row(namespace, parent)
             if parent and parent_row == NO_ROW:
                 return Reserved(0, 0.0, [(len(hashes), Written.PARENT_MISSING)], namespace.pool, np.zeros(0, np.int32))
@@ -253,7 +261,7 @@ class Store:
                 break
             front = int(rows[-1]) if len(rows) else parent_row
             await self._make_room(namespace, missing, front)
-        known = self._known_runs(namespace, rows)
+        known = requests.known_runs(namespace, rows)
         if not missing:
             return Reserved(0, 0.0, known, namespace.pool, np.zeros(0, np.int32))
         slots = namespace.pool.allocate(missing)
@@ -269,6 +277,7 @@ class Store:
             session_id=session_id,
             request_id=request_id,
             asked_s=duration_s,
+            attempt_id=attempt_id,
         )
         return Reserved(hold_id, lease_s, known, namespace.pool, slots)
 
@@ -384,16 +393,6 @@ class Store:
 
     def _chain(self, namespace: Namespace, packed: bytes) -> Chain:
         return requests.chain(namespace, packed, hashes_max=self.config.hashes_per_call_max)
-
-    def _miss_after(self, namespace: Namespace, chain: Chain, hit: int) -> Miss:
-        if hit < len(chain) and namespace.index.row_of(chain.hash_at(hit)) != NO_ROW:
-            return Miss.BEING_WRITTEN
-        return Miss.NOT_HELD
-
-    def _known_runs(self, namespace: Namespace, rows: Rows) -> list[tuple[int, Written]]:
-        resident = int(np.count_nonzero(namespace.index.state[rows] == State.RESIDENT))
-        runs = [(resident, Written.HELD), (len(rows) - resident, Written.BEING_WRITTEN)]
-        return [run for run in runs if run[0]]
 
     def _tell_segments_changed(self, namespace: Namespace, added: list[int], retired: list[int]) -> None:
         notice = SegmentsChanged(tuple(added), tuple(retired))

@@ -234,20 +234,24 @@ class LookupRun(_message.Message):
     def __init__(self, blocks: _Optional[int] = ..., held: _Optional[_Union[Tier, str]] = ..., miss: _Optional[_Union[MissReason, str]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("namespace_id", "hashes", "session_id", "request_id", "lease_ms", "max_blocks")
+    __slots__ = ("namespace_id", "hashes", "session_id", "request_id", "lease_ms", "max_blocks", "attempt_id", "wait_ms")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     namespace_id: int
     hashes: bytes
     session_id: str
     request_id: str
     lease_ms: int
     max_blocks: int
-    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., max_blocks: _Optional[int] = ...) -> None: ...
+    attempt_id: int
+    wait_ms: int
+    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., max_blocks: _Optional[int] = ..., attempt_id: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class GetResponse(_message.Message):
     __slots__ = ("lease_id", "lease_ms", "runs")
@@ -286,12 +290,14 @@ class RenewResponse(_message.Message):
     def __init__(self, lease_ms: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("lease_ids", "request_id")
+    __slots__ = ("lease_ids", "request_id", "attempt_ids")
     LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     lease_ids: _containers.RepeatedScalarFieldContainer[int]
     request_id: str
-    def __init__(self, lease_ids: _Optional[_Iterable[int]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    attempt_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_ids: _Optional[_Iterable[int]] = ..., request_id: _Optional[str] = ..., attempt_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ("released", "expired")
@@ -302,20 +308,22 @@ class ReleaseResponse(_message.Message):
     def __init__(self, released: _Optional[int] = ..., expired: _Optional[int] = ...) -> None: ...
 
 class PutRequest(_message.Message):
-    __slots__ = ("namespace_id", "parent", "hashes", "session_id", "request_id", "lease_ms")
+    __slots__ = ("namespace_id", "parent", "hashes", "session_id", "request_id", "lease_ms", "attempt_id")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
     namespace_id: int
     parent: bytes
     hashes: bytes
     session_id: str
     request_id: str
     lease_ms: int
-    def __init__(self, namespace_id: _Optional[int] = ..., parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    attempt_id: int
+    def __init__(self, namespace_id: _Optional[int] = ..., parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., attempt_id: _Optional[int] = ...) -> None: ...
 
 class PutResponse(_message.Message):
     __slots__ = ("reservation_id", "lease_ms", "runs")

@@ -1,0 +1,94 @@
+"""The second Unix socket: who this process is, its token, and the segments it may map."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+
+from google.protobuf.message import DecodeError
+
+from kvservice_client.errors import DaemonUnreachable, KVServiceError, from_detail
+from kvservice_client.memory import Segment
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+MEMORY_SOCKET = "memory.sock"
+PROTOCOL_VERSION_MIN = 1
+PROTOCOL_VERSION_MAX = 1
+
+_LENGTH = struct.Struct(">I")
+
+
+class MemorySocket:
+    """The second Unix socket: requests one at a time, from any thread."""
+
+    def __init__(self, socket_dir: str, *, timeout_s: float) -> None:
+        """Connect and shake hands.
+
+        Raises:
+            DaemonUnreachable: nothing listens there. PermissionDenied, Overloaded, Draining.
+        """
+        path = os.path.join(socket_dir, MEMORY_SOCKET)
+        self._lock = threading.Lock()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.connect(path)
+            hello = pb.SocketHello(protocol_version_min=PROTOCOL_VERSION_MIN, protocol_version_max=PROTOCOL_VERSION_MAX)
+            response, _ = self._exchange(pb.SocketRequest(hello=hello))
+        except OSError as error:
+            self._socket.close()
+            raise DaemonUnreachable(
+                f"no daemon answers at {path} ({error}); start one with `kvservice serve --socket-dir {socket_dir}`, "
+                "or name its directory"
+            ) from error
+        except KVServiceError:
+            self._socket.close()
+            raise
+        except DecodeError as error:
+            self._socket.close()
+            raise DaemonUnreachable(f"what listens at {path} is no kvservice daemon") from error
+        self.token = response.welcome.token
+
+    def segment(self, segment_id: int) -> Segment:
+        """Fetch and map a segment. Blocks.
+
+        Raises:
+            InvalidRequest: the daemon has no such segment for this process. OSError.
+        """
+        response, fds = self._exchange(pb.SocketRequest(segment=pb.SegmentRequest(segment_id=segment_id)))
+        grant = response.segment
+        if len(fds) != 2:
+            for descriptor in fds:
+                os.close(descriptor)
+            raise OSError(f"the daemon sent {len(fds)} descriptors for a segment, not 2")
+        return Segment(
+            segment_id, fds=fds, size_bytes=grant.size_bytes, stride_bytes=grant.slot_stride_bytes, slots=grant.slots
+        )
+
+    def close(self) -> None:
+        """Hang up: this process touches the daemon's memory no more."""
+        self._socket.close()
+
+    def _exchange(self, request: pb.SocketRequest) -> tuple[pb.SocketResponse, list[int]]:
+        body = request.SerializeToString()
+        with self._lock:
+            self._socket.sendall(_LENGTH.pack(len(body)) + body)
+            header, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 2)
+            for descriptor in fds:
+                os.set_inheritable(descriptor, False)  # noqa: FBT003  # the standard library's signature
+            header += self._receive(_LENGTH.size - len(header))
+            response = pb.SocketResponse.FromString(self._receive(_LENGTH.unpack(header)[0]))
+        if response.WhichOneof("message") == "error":
+            raise from_detail(response.error)
+        return response, list(fds)
+
+    def _receive(self, size_bytes: int) -> bytes:
+        received = b""
+        while len(received) < size_bytes:
+            part = self._socket.recv(size_bytes - len(received))
+            if not part:
+                raise ConnectionResetError("the daemon hung up")
+            received += part
+        return received
