@@ -26,6 +26,7 @@ from kvservice.store import Peer, Store
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _HELLO_TIMEOUT_S = 5.0
+_ACCEPT_RETRY_S = 0.1
 _FRAME_BYTES_MAX = 64 * 1024
 _LENGTH = struct.Struct(">I")
 _PEERCRED = struct.Struct("3i")
@@ -54,10 +55,9 @@ class FdSocket:
 
     async def run(self) -> None:
         """Accept until cancelled; then hang up on everybody."""
-        loop = asyncio.get_running_loop()
         try:
             while True:
-                peer, _ = await loop.sock_accept(self._listener)
+                peer = await self._accept()
                 connection = asyncio.create_task(self._serve(peer))
                 self._connections.add(connection)
                 connection.add_done_callback(self._connections.discard)
@@ -65,6 +65,18 @@ class FdSocket:
             self._listener.close()
             for connection in self._connections:
                 connection.cancel()
+
+    async def _accept(self) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                peer, _ = await loop.sock_accept(self._listener)
+            except OSError as error:
+                # Out of descriptors, say: no reason to hang up on those who are connected.
+                _log.warning("cannot_accept", why=str(error), retry_s=_ACCEPT_RETRY_S)
+                await asyncio.sleep(_ACCEPT_RETRY_S)
+            else:
+                return peer
 
     async def _serve(self, peer: socket.socket) -> None:
         instance: Peer | None = None

@@ -180,7 +180,7 @@ class Leases:
 
     def give_up(self, instance_id: int, attempt_ids: Collection[int]) -> list[Hold]:
         """The holds that these attempts were granted; attempts not granted yet never will be."""
-        wanted = set(attempt_ids)
+        wanted = set(attempt_ids) - {0}  # 0 is no attempt: it must not end every hold that has none
         found = [hold for hold in self._by_instance.get(instance_id, {}).values() if hold.attempt_id in wanted]
         given_up = self._given_up.setdefault(instance_id, OrderedDict())
         given_up.update(dict.fromkeys(wanted - {hold.attempt_id for hold in found}))

@@ -6,6 +6,7 @@ import os
 import queue
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -168,6 +169,17 @@ class Connection:
     def attach(self, *namespaces: kv.Namespace) -> pb.Welcome:
         """Attach to these. Raises CallFailed."""
         return self.hello([namespace_message(namespace) for namespace in namespaces])
+
+    def attach_again(self, *namespaces: kv.Namespace) -> pb.Welcome:
+        """End the stream, and attach to these as soon as the daemon has noticed."""
+        self.detach()
+        ends_at_s = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                return self.attach(*namespaces)
+            except CallFailed as failed:
+                if "attached already" not in failed.detail.message or time.monotonic() > ends_at_s:
+                    raise
 
     def open_stream(self, *first: pb.AttachRequest) -> pb.Welcome:
         """Open the Attach stream with these messages, and wait for the welcome. Raises CallFailed."""

@@ -243,7 +243,7 @@ def snapshot(store: Store) -> dict[str, Any]:
         "arena": store.arena.used_bytes,
         "draining": store.is_draining,
         "instances": [
-            (peer.instance_id, peer.is_attached, peer.name, [space.spec.key for space in peer.namespaces])
+            (peer.instance_id, peer.is_attached, [namespace.spec.key for namespace in peer.namespaces])
             for peer in store.instances
         ],
         "holds": [

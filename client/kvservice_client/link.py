@@ -102,7 +102,7 @@ class Link:
                 with self.in_use():
                     self._follow(response)
                     self._pay_debts()
-        except (grpc.RpcError, OSError, DaemonUnreachable):
+        except (grpc.RpcError, DaemonUnreachable):
             pass  # the link is over, whatever ended it
         finally:
             self.end()
@@ -217,12 +217,16 @@ class Link:
         """The mapped segment, mapping it now if need be; it stays mapped until `unuse_segment`.
 
         Raises:
-            KVServiceError, OSError.
+            DaemonUnreachable: it cannot be mapped.
         """
         with self._segments_lock:
             segment = self._segments.get(segment_id)
             if segment is None:
-                segment = self._segments[segment_id] = self._memory_socket.segment(segment_id)
+                try:
+                    segment = self._segments[segment_id] = self._memory_socket.segment(segment_id)
+                finally:
+                    if self._memory_socket.is_broken:
+                        self._stream.cancel()  # ends `run`, and the client attaches again
             self._segment_uses[segment_id] = self._segment_uses.get(segment_id, 0) + 1
             return segment
 

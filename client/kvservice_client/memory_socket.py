@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -9,7 +10,7 @@ import threading
 
 from google.protobuf.message import DecodeError
 
-from kvservice_client.errors import DaemonUnreachable, KVServiceError, from_detail
+from kvservice_client.errors import DaemonUnreachable, InvalidRequest, KVServiceError, from_detail
 from kvservice_client.memory import Segment
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
@@ -30,6 +31,8 @@ class MemorySocket:
             DaemonUnreachable: nothing listens there. PermissionDenied, Overloaded, Draining.
         """
         path = os.path.join(socket_dir, MEMORY_SOCKET)
+        self.is_broken = False
+        """Whether an exchange was cut short: an answer that comes late would be taken for the next one's."""
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
@@ -55,17 +58,13 @@ class MemorySocket:
         """Fetch and map a segment. Blocks.
 
         Raises:
-            InvalidRequest: the daemon has no such segment for this process. OSError.
+            DaemonUnreachable: it was retired meanwhile, the daemon does not answer, or the system does not map it.
         """
-        response, fds = self._exchange(pb.SocketRequest(segment=pb.SegmentRequest(segment_id=segment_id)))
-        grant = response.segment
-        if len(fds) != 2:
-            for descriptor in fds:
-                os.close(descriptor)
-            raise OSError(f"the daemon sent {len(fds)} descriptors for a segment, not 2")
-        return Segment(
-            segment_id, fds=fds, size_bytes=grant.size_bytes, stride_bytes=grant.slot_stride_bytes, slots=grant.slots
-        )
+        try:
+            response, fds = self._exchange(pb.SocketRequest(segment=pb.SegmentRequest(segment_id=segment_id)))
+            return _map(response.segment, fds, segment_id)
+        except (InvalidRequest, OSError, DecodeError) as error:
+            raise DaemonUnreachable(f"segment {segment_id} of the daemon's memory cannot be used: {error}") from error
 
     def close(self) -> None:
         """Hang up: this process touches the daemon's memory no more."""
@@ -73,13 +72,23 @@ class MemorySocket:
 
     def _exchange(self, request: pb.SocketRequest) -> tuple[pb.SocketResponse, list[int]]:
         body = request.SerializeToString()
+        fds: list[int] = []
         with self._lock:
-            self._socket.sendall(_LENGTH.pack(len(body)) + body)
-            header, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 2)
-            for descriptor in fds:
-                os.set_inheritable(descriptor, False)  # noqa: FBT003  # the standard library's signature
-            header += self._receive(_LENGTH.size - len(header))
-            response = pb.SocketResponse.FromString(self._receive(_LENGTH.unpack(header)[0]))
+            if self.is_broken:
+                raise ConnectionResetError("an earlier exchange was cut short")
+            self.is_broken = True  # until this one is complete
+            # Where the daemon has hung up on us already, what it said before tells why.
+            with contextlib.suppress(BrokenPipeError):
+                self._socket.sendall(_LENGTH.pack(len(body)) + body)
+            try:
+                header, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 2, socket.MSG_CMSG_CLOEXEC)
+                header += self._receive(_LENGTH.size - len(header))
+                response = pb.SocketResponse.FromString(self._receive(_LENGTH.unpack(header)[0]))
+            except BaseException:
+                for descriptor in fds:
+                    os.close(descriptor)
+                raise
+            self.is_broken = False
         if response.WhichOneof("message") == "error":
             raise from_detail(response.error)
         return response, list(fds)
@@ -92,3 +101,13 @@ class MemorySocket:
                 raise ConnectionResetError("the daemon hung up")
             received += part
         return received
+
+
+def _map(grant: pb.SegmentGrant, fds: list[int], segment_id: int) -> Segment:
+    if len(fds) != 2 or grant.segment_id != segment_id:
+        for descriptor in fds:
+            os.close(descriptor)
+        raise OSError(f"the daemon sent {len(fds)} descriptors of segment {grant.segment_id}")
+    return Segment(
+        segment_id, fds=fds, size_bytes=grant.size_bytes, stride_bytes=grant.slot_stride_bytes, slots=grant.slots
+    )

@@ -97,7 +97,7 @@ def test_the_client_raises_the_error_of_the_same_name(kind: type[errors.KVServic
 
 
 def test_the_client_knows_every_reason_of_the_contract() -> None:
-    for name in pb.ErrorReason.keys():
+    for name in list(pb.ErrorReason.keys()):
         raised = client_errors.from_detail(pb.ErrorDetail(reason=name))
         internal = name in ("ERROR_REASON_UNSPECIFIED", "ERROR_REASON_INTERNAL")
         assert isinstance(raised, client_errors.InternalError) is internal

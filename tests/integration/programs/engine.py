@@ -77,6 +77,19 @@ class Engine:
         found = self.client.explain(chain(name, 1, start=position)[0])
         return [str(explanation.WhichOneof("finding")) for explanation in found]
 
+    def stats(self) -> dict[str, Any]:
+        """What this tenant is shown: its namespaces' tenants and blocks, its instances' names."""
+        shown = self.client.stats()
+        return {
+            "tenants": [of.tenant for of in shown.namespaces],
+            "blocks": sum(of.blocks for of in shown.namespaces),
+            "instances": [of.name for of in shown.attached_instances],
+        }
+
+    def forget(self) -> int:
+        """Forget the whole namespace; how many blocks."""
+        return self.client.forget_namespace().blocks_dropped
+
     def close(self) -> str:
         self.client.close()
         return self.client.status.value
