@@ -14,7 +14,7 @@ from benchmarks.daemon import settle
 from benchmarks.measuring import progress
 
 BLOCK_SIZE_BYTES = 4096
-CHAIN_BLOCKS = (2048, 128, 16)
+CHAIN_BLOCKS = (2048, 128, 64)
 _BLOCKS_PER_REPORT = 100_000
 
 

@@ -36,7 +36,7 @@ def measure(settings: Settings) -> Iterator[Record]:
         before = resident(daemon.process_id)
         client = attach(daemon, "bench index memory", block_size_bytes=BLOCK_SIZE_BYTES)
         try:
-            await_memory(client, blocks * BLOCK_SIZE_BYTES)
+            await_memory(client, dram_bytes - BLOCK_SIZE_BYTES)
             ready = resident(daemon.process_id)
             fill(client, blocks)
             after = resident(daemon.process_id)

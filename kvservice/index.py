@@ -89,12 +89,13 @@ class Index:
     def hit_length(self, chain: Chain) -> int:
         """How many leading blocks of the chain are resident, in O(log n)."""
         low, high = 0, len(chain)
-        rows, state, depth = self._rows, self.state, self.depth
+        rows, state_at, depth_at = self._rows, self.state.item, self.depth.item
+        resident = int(State.RESIDENT)
         # Most calls are full hits or full misses: ask the end first.
         probe = high - 1
         while low < high:
             row = rows.get(chain.hash_at(probe), NO_ROW)
-            if row != NO_ROW and state[row] == State.RESIDENT and depth[row] == probe:
+            if row != NO_ROW and state_at(row) == resident and depth_at(row) == probe:
                 low = probe + 1
             else:
                 high = probe

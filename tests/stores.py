@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
+import os
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -291,6 +293,12 @@ def _namespace_snapshot(namespace: Namespace) -> dict[str, Any]:
             dict(namespace.counters.dropped),
         ),
     }
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has open, those of garbage not counted."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
 
 
 def until(condition: Callable[[], bool], *, turns: int = 10_000) -> Coroutine[Any, Any, None]:

@@ -368,12 +368,10 @@ class Client:
         return ForgetResult(response.blocks_dropped, response.blocks_in_use)
 
     def _pack(self, hashes: Sequence[bytes]) -> bytes:
-        packed = b"".join(hashes)
         size = self.namespace.hash_size_bytes
-        # The total may come out right by accident, so every hash is looked at.
-        if len(packed) != size * len(hashes) or any(len(block_hash) != size for block_hash in hashes):
+        if set(map(len, hashes)) - {size}:
             raise InvalidRequest(f"every hash of this namespace has {size} bytes")
-        return packed
+        return b"".join(hashes)
 
     def _namespace_id(self, link: Link) -> int:
         return link.welcome.namespace_ids[0]

@@ -43,7 +43,6 @@ from kvservice_adapters.serving import Request, Result, ServingLoop
 from kvservice_adapters.transformers import DrainOutcome, ServedModel, TransformersAdapter, serve_model
 
 TOKENS_PER_BLOCK = 16
-_WARM_UP_TOKENS = 256
 
 
 class FaultyClient:
@@ -132,9 +131,7 @@ class Engine:
                 weights_identity=arguments.weights_identity,
             )
         self._loop = ServingLoop(self._model, self._adapter, rows=arguments.rows, window_tokens=arguments.window_tokens)
-        # Without the model's first allocations in the first turn's time.
-        with torch.inference_mode():
-            self._model(input_ids=torch.zeros((1, _WARM_UP_TOKENS), dtype=torch.long, device=self._model.device))
+        self._loop.warm_up()
 
     def ready(self) -> Ready:
         """What this engine is."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvservice.demo.processes import EngineProcess
+from kvservice.demo.processes import DemoFailedError, EngineProcess
 from kvservice.demo.protocol import Drain, Drained, Finished, FirstToken, Generate
 
 # No single step of the demo takes nearly as long, not even on a slow machine with a real model.
@@ -29,7 +29,21 @@ class Scale:
         """Tokens of a whole conversation."""
         return self.first_turn_tokens + (self.turns - 1) * self.next_turn_tokens + self.turns * self.answer_tokens
 
+    def within(self, window_tokens: int) -> Scale:
+        """The same with first turns so short that a conversation fits into a model's window.
 
+        Raises:
+            DemoFailedError: The later turns alone do not fit.
+        """
+        excess = self.conversation_tokens - window_tokens
+        if excess <= 0:
+            return self
+        if excess >= self.first_turn_tokens:
+            raise DemoFailedError(f"the model's window of {window_tokens} tokens is too short for {self.turns} turns")
+        return replace(self, first_turn_tokens=self.first_turn_tokens - excess)
+
+
+ON_GPU = Scale(first_turn_tokens=6000, next_turn_tokens=250)
 QUICK = Scale(
     conversations=2, turns=3, restart_before_turn=2, first_turn_tokens=200, next_turn_tokens=40, answer_tokens=12
 )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from kvservice.config import Config
 from kvservice.errors import StartupError
+from kvservice.service.calls import Malformed
 from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
 
 SERVICE_NAME = kvservice_pb2.DESCRIPTOR.services_by_name["KVCacheService"].full_name
@@ -43,11 +47,49 @@ def make_server(
             ("grpc.so_reuseport", 0),
         ),
     )
-    kvservice_pb2_grpc.add_KVCacheServiceServicer_to_server(servicer, server)
+    kvservice_pb2_grpc.add_KVCacheServiceServicer_to_server(servicer, _Registrar(server))
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return server
+
+
+class _Registrar:
+    """Takes the place of a server while generated code adds the service to it.
+
+    A request that is no message then reaches the service, which refuses it in the contract's words; gRPC itself would
+    answer with the exception's text, and log a traceback for whatever anybody sends.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """The same handlers come below, by name."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> None:
+        tolerant = {method: _tolerant(handler) for method, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, tolerant),))
+        self._server.add_registered_method_handlers(service, tolerant)
+
+
+def _tolerant(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler, with `Malformed` where a request cannot be parsed."""
+
+    def parse(packed: bytes) -> Any:
+        try:
+            return handler.request_deserializer(packed)
+        except DecodeError as error:
+            return Malformed(str(error))
+
+    codec = {"request_deserializer": parse, "response_serializer": handler.response_serializer}
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(handler.stream_stream, **codec)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(handler.unary_stream, **codec)
+    return grpc.unary_unary_rpc_method_handler(handler.unary_unary, **codec)
 
 
 def listen_tls(server: grpc.aio.Server, config: Config) -> int:

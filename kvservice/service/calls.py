@@ -7,9 +7,11 @@ is a bug in the daemon: the caller gets an opaque text and an id, the log gets t
 
 from __future__ import annotations
 
+import inspect
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -67,6 +69,24 @@ async def abort(context: Context, code: grpc.StatusCode, detail: pb.ErrorDetail)
     raise AssertionError("context.abort returns never")
 
 
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Takes the place of a request that could not be parsed."""
+
+    why: str
+
+
+def well_formed(request: Request | Malformed) -> Request:
+    """The request.
+
+    Raises:
+        InvalidRequest: what came was no message of its type.
+    """
+    if isinstance(request, Malformed):
+        raise errors.InvalidRequest(f"the request is not a message of its type: {request.why}", field="message")
+    return request
+
+
 def token_of(context: Context) -> bytes:
     """The token that the call carries.
 
@@ -82,20 +102,19 @@ def token_of(context: Context) -> bytes:
 def unary(
     calls: Calls, method: str, answer: Callable[[Request, Context], Response | Awaitable[Response]]
 ) -> Callable[[Request, Context], Coroutine[Any, Any, Response]]:
-    """Wrap the handler of a unary RPC with timing and the table of errors."""
+    """Wrap the handler of a unary RPC, a function or a coroutine function, with timing and the table of errors."""
+    waits = inspect.iscoroutinefunction(answer)
 
     async def handle(request: Request, context: Context) -> Response:
         started_s = time.perf_counter()
-        code = grpc.StatusCode.OK
         try:
-            response = answer(request, context)
-            if isinstance(response, Awaitable):
-                return await response
-            return response
+            answered: Any = answer(request, context)
+            response: Response = await answered if waits else answered
         except Exception as error:  # noqa: BLE001  # the one boundary where everything must become a status
             code, detail = error_detail(error, where=method)
-        finally:
             calls.observe(time.perf_counter() - started_s, code.name)
-        return await abort(context, code, detail)
+            return await abort(context, code, detail)
+        calls.observe(time.perf_counter() - started_s, "OK")
+        return response
 
     return handle

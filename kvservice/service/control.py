@@ -14,7 +14,7 @@ from kvservice import __version__, errors
 from kvservice.instances import DrainNotice, Notice, SegmentsChanged
 from kvservice.metrics import MISS_REASONS, Metrics
 from kvservice.service import messages, reports
-from kvservice.service.calls import Context, abort, error_detail, token_of, unary
+from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
 from kvservice.service.messages import require_text
 from kvservice.store import Peer, Store, explain
 from kvservice_proto.v1 import kvservice_pb2 as pb
@@ -56,29 +56,24 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
 
     # ------------------------------------------------------------------ streams
 
-    async def Attach(self, requests: AsyncIterator[pb.AttachRequest], context: Context) -> None:  # noqa: N802
+    async def Attach(self, requests: AsyncIterator[pb.AttachRequest | Malformed], context: Context) -> None:  # noqa: N802
         """Handshake, then notices to the instance until its stream ends."""
         started_s = time.perf_counter()
         code = "OK"
-        instance: Peer | None = None
         outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue(_NOTICES_MAX)
         try:
-            candidate = self._instance(context)
+            instance = self._instance(context)
             hello = await _first_hello(requests)
-            welcome = await self._welcome(candidate, hello, outgoing)
-            instance = candidate
-            await context.write(pb.AttachResponse(welcome=welcome))
+            welcome = await self._welcome(instance, hello, outgoing)
         except Exception as error:  # noqa: BLE001  # everything must become a status
             status, detail = error_detail(error, where="Attach")
             code = status.name
-            if instance is not None:
-                self._store.detach(instance)
             await abort(context, status, detail)
         finally:
             self._attach_calls.observe(time.perf_counter() - started_s, code)
-        assert instance is not None
         pings = asyncio.create_task(_answer_pings(requests, outgoing))
         try:
+            await context.write(pb.AttachResponse(welcome=welcome))
             while (response := await outgoing.get()) is not None:
                 await context.write(response)
         finally:
@@ -90,7 +85,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         started_s = time.perf_counter()
         status = grpc.StatusCode.OK
         try:
-            response = self._get(request, context)
+            response = self._get(well_formed(request), context)
         except Exception as error:  # noqa: BLE001  # everything must become a status
             status, detail = error_detail(error, where="Get")
         finally:
@@ -261,9 +256,9 @@ def agreed_version(lowest: int, highest: int) -> int:
     return min(highest, PROTOCOL_VERSION_MAX)
 
 
-async def _first_hello(requests: AsyncIterator[pb.AttachRequest]) -> pb.Hello:
+async def _first_hello(requests: AsyncIterator[pb.AttachRequest | Malformed]) -> pb.Hello:
     try:
-        first = await asyncio.wait_for(anext(requests), _HELLO_TIMEOUT_S)
+        first = well_formed(await asyncio.wait_for(anext(requests), _HELLO_TIMEOUT_S))
     except (TimeoutError, StopAsyncIteration):
         raise errors.InvalidRequest("the stream must start with Hello", field="hello") from None
     if first.WhichOneof("message") != "hello":
@@ -272,12 +267,13 @@ async def _first_hello(requests: AsyncIterator[pb.AttachRequest]) -> pb.Hello:
 
 
 async def _answer_pings(
-    requests: AsyncIterator[pb.AttachRequest], outgoing: asyncio.Queue[pb.AttachResponse | None]
+    requests: AsyncIterator[pb.AttachRequest | Malformed], outgoing: asyncio.Queue[pb.AttachResponse | None]
 ) -> None:
     """Read until the client ends its side, then end the stream."""
     try:
         async for request in requests:
-            if request.WhichOneof("message") == "ping" and not outgoing.full():
+            is_ping = not isinstance(request, Malformed) and request.WhichOneof("message") == "ping"
+            if is_ping and not outgoing.full():
                 outgoing.put_nowait(pb.AttachResponse(pong=pb.Pong()))
     finally:
         _end(outgoing)

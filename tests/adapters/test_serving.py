@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kvservice_client as kv
+from kvservice.demo.processes import DaemonProcess
 from kvservice_adapters.serving import (
     ArrivalQueue,
     FinishReason,
@@ -23,7 +26,7 @@ from kvservice_adapters.serving import (
     Waiting,
     WindowExceeded,
 )
-from kvservice_adapters.transformers import DrainOutcome, TransformersAdapter, serve_model
+from kvservice_adapters.transformers import AdapterOptions, DrainOutcome, TransformersAdapter, serve_model
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(120)]
 
@@ -159,6 +162,57 @@ def test_zeroed_blocks_give_other_tokens(model: PreTrainedModel, socket_dir: Pat
             assert harmed.tokens != sound.tokens
 
 
+def test_a_daemon_killed_while_conversations_run_changes_no_token(
+    model: PreTrainedModel, tmp_path: Path, start_daemon: Callable[[Path], DaemonProcess]
+) -> None:
+    asked = requests([200, 90, 150])
+    recomputed = run(ServingLoop(model, window_tokens=800), asked)
+    daemon = start_daemon(tmp_path)
+    namespace = serve_model(model, weights_identity="seeded").namespace
+    with (
+        kv.attach(namespace, socket_dir=str(daemon.socket_dir)) as client,
+        TransformersAdapter(model, client, weights_identity="seeded") as adapter,
+    ):
+        loop = ServingLoop(model, adapter, rows=2, window_tokens=800)
+        for request in asked:
+            loop.submit(request)
+        finished = loop.step().finished
+        os.kill(daemon.process_id, signal.SIGKILL)
+        finished += loop.run_until_idle()
+        assert {r.request_id: r.tokens for r in finished} == {r.request_id: r.tokens for r in recomputed.values()}
+        with daemon:
+            pass  # reap it, so that its sockets are free
+        start_daemon(tmp_path)
+        assert client.wait_attached(TIMEOUT_S), "the client did not attach to the new daemon"
+        again = run(loop, asked)
+        assert loop.drain(TIMEOUT_S) is DrainOutcome.DRAINED
+        resumed = run(loop, asked)
+    for request in asked:
+        assert again[request.request_id].tokens == recomputed[request.request_id].tokens
+        assert resumed[request.request_id].tokens == recomputed[request.request_id].tokens
+        assert resumed[request.request_id].computed_tokens <= TOKENS_PER_BLOCK
+
+
+def test_a_daemon_that_hangs_costs_seconds_at_most(
+    model: PreTrainedModel, tmp_path: Path, start_daemon: Callable[[Path], DaemonProcess]
+) -> None:
+    (asked,) = requests([200])
+    daemon = start_daemon(tmp_path)
+    options = AdapterOptions(load_deadline_s=1.0, save_deadline_s=1.0)
+    with TransformersAdapter(model, daemon.socket_dir, weights_identity="seeded", options=options) as adapter:
+        loop = ServingLoop(model, adapter, window_tokens=800)
+        recomputed = run(loop, [asked])["r0"]
+        assert loop.drain(TIMEOUT_S) is DrainOutcome.DRAINED
+        os.kill(daemon.process_id, signal.SIGSTOP)
+        try:
+            hung = run(loop, [asked])["r0"]
+        finally:
+            os.kill(daemon.process_id, signal.SIGCONT)
+    assert hung.tokens == recomputed.tokens
+    assert hung.reused_tokens == 0
+    assert hung.ttft_s < 5.0
+
+
 def test_two_equal_prompts_at_once_share_blocks(model: PreTrainedModel, socket_dir: Path) -> None:
     one, two = (Request(name, draw(5, 200), max_new_tokens=8) for name in ("one", "two"))
     with TransformersAdapter(model, socket_dir, weights_identity="seeded", salt="shared") as adapter:
@@ -256,6 +310,19 @@ def test_drawn_tokens_depend_on_the_seed_and_not_on_the_batch(model: PreTrainedM
     top_one = run(loop, [Request("t", draw(4, 40), 20, sampling=Sampling(temperature=1.0, top_k=1, seed=9))])["t"]
     assert top_one.tokens == greedy
     assert again != greedy
+
+
+def test_warming_up_leaves_no_trace(model: PreTrainedModel) -> None:
+    asked = requests([50, 30])
+    cold, warm = ServingLoop(model, window_tokens=256), ServingLoop(model, window_tokens=256)
+    warm.warm_up()
+    assert warm.computed_positions == 0
+    first, second = run(cold, asked), run(warm, asked)
+    assert {name: result.tokens for name, result in first.items()} == {n: r.tokens for n, r in second.items()}
+    warm.submit(asked[0])
+    warm.step()
+    with pytest.raises(RuntimeError, match="runs nothing yet"):
+        warm.warm_up()
 
 
 def test_sampling_refuses_what_makes_no_sense() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from kvservice_client.errors import InvalidRequest
 from kvservice_client.memory import Buffers, Copy, Memory, Segment, ThreadedCopier, _shares, merge
+from tests.stores import open_descriptors
 
 pytestmark = pytest.mark.unit
 
@@ -283,7 +284,7 @@ def descriptors(size_bytes: int, slots: int) -> tuple[int, int]:
 
 
 def test_a_segment_maps_slots_and_generations_and_owns_its_descriptors() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     fds = descriptors(4 * 4096, 4)
     os.pwrite(fds[0], b"third", 2 * 4096)
     os.pwrite(fds[1], (41).to_bytes(8, "little"), 2 * 8)
@@ -298,17 +299,17 @@ def test_a_segment_maps_slots_and_generations_and_owns_its_descriptors() -> None
         segment.unmap()
     finally:
         os.close(kept)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_a_segment_that_cannot_be_mapped_leaves_nothing_behind() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     memory_fd, generations_fd = descriptors(4096, 1)
     read_only = os.open(f"/proc/self/fd/{memory_fd}", os.O_RDONLY)
     os.close(memory_fd)
     with pytest.raises(OSError, match="cannot map 4096 bytes"):
         Segment(1, fds=(read_only, generations_fd), size_bytes=4096, stride_bytes=4096, slots=1)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_a_segment_is_not_mapped_in_children() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from kvservice.blocks import NO_ROW, Slots
 from kvservice.dram import PAGE_BYTES, Arena, Segment, SlotPool, slot_stride_bytes
 from kvservice.errors import CapacityExhausted
+from tests.stores import open_descriptors
 
 pytestmark = pytest.mark.unit
 
@@ -154,14 +155,14 @@ def test_closing_punches_the_memory_out_under_whoever_still_maps_it(receiver: Re
 
 
 def test_closing_gives_the_descriptors_back(arena: Arena) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for _ in range(5):
         make(arena).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_what_the_system_refuses_leaves_nothing_behind(arena: Arena) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_BYTES, hard))
     try:
@@ -169,7 +170,7 @@ def test_what_the_system_refuses_leaves_nothing_behind(arena: Arena) -> None:
             make(arena)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_huge_pages_and_numa_are_advice_that_may_be_ignored() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kvservice.blocks import NamespaceKey, Tenant
 from kvservice.errors import LeaseExpired, LeaseUnknown, Overloaded, ReservationLost
-from kvservice.leases import Hold, HoldKind, Leases
+from kvservice.leases import GIVEN_UP_MAX, Hold, HoldKind, Leases
 
 pytestmark = pytest.mark.unit
 
@@ -228,3 +228,61 @@ def test_instances_that_left_take_no_memory(leases: Leases, traced: None) -> Non
     after, _ = tracemalloc.get_traced_memory()
     assert after - before < 500_000
     assert leases.count(HoldKind.READ) == 0
+
+
+# ------------------------------------------------------------------- attempts
+
+
+def attempt(leases: Leases, attempt_id: int, kind: HoldKind = HoldKind.READ, *, instance_id: int = 1) -> Hold:
+    return leases.grant(
+        kind,
+        instance_id=instance_id,
+        request_id="",
+        session_id="",
+        namespace=KEY,
+        slots=np.arange(2, dtype=np.int32),
+        now_s=0.0,
+        duration_s=10.0,
+        attempt_id=attempt_id,
+    )
+
+
+def test_what_attempts_were_granted_is_found_by_them(leases: Leases) -> None:
+    read, write, other = attempt(leases, 1), attempt(leases, 2, HoldKind.WRITE), attempt(leases, 3)
+    attempt(leases, 1, instance_id=2)
+    assert leases.give_up(1, [1, 2]) == [read, write]
+    assert leases.give_up(1, [3]) == [other]
+    assert leases.give_up(9, [1]) == []
+
+
+def test_an_attempt_given_up_before_is_never_granted(leases: Leases) -> None:
+    assert leases.give_up(1, [5]) == []
+    with pytest.raises(LeaseExpired, match="attempt 5 was released before it was granted"):
+        leases.require_room(HoldKind.READ, 1, attempt_id=5)
+    with pytest.raises(LeaseExpired):
+        attempt(leases, 5)
+    assert leases.count(HoldKind.READ) == 0
+    attempt(leases, 6)
+    attempt(leases, 5, instance_id=2)
+
+
+def test_attempts_that_were_granted_need_not_be_remembered(leases: Leases) -> None:
+    (hold,) = leases.give_up(1, [attempt(leases, 5).attempt_id])
+    leases.end(hold)
+    leases.require_room(HoldKind.READ, 1, attempt_id=5)
+
+
+def test_no_attempt_is_not_everybodys(leases: Leases) -> None:
+    grant(leases)
+    assert leases.give_up(1, [0]) == []
+    grant(leases)
+
+
+def test_attempts_given_up_are_bounded_and_go_with_their_process(leases: Leases) -> None:
+    for attempt_id in range(1, GIVEN_UP_MAX + 3):
+        leases.give_up(1, [attempt_id])
+    leases.require_room(HoldKind.READ, 1, attempt_id=2)
+    with pytest.raises(LeaseExpired):
+        leases.require_room(HoldKind.READ, 1, attempt_id=3)
+    leases.forget_instance(1)
+    leases.require_room(HoldKind.READ, 1, attempt_id=3)

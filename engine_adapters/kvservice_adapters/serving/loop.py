@@ -6,6 +6,7 @@ One thread drives `step`; `submit` and `waiting` may be called from any.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,7 @@ from kvservice_adapters.transformers import (
 )
 
 _ATTENTIONS = ("sdpa", "eager")
+_WARM_UP_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,24 @@ class ServingLoop:
             self._retire_finished(report)
         return report
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run every kind of forward once and take all memory, so that the first request pays for neither.
+
+        Raises:
+            RuntimeError: Requests are running already.
+        """
+        if self._running:
+            raise RuntimeError("warm_up is for a loop that runs nothing yet")
+        tokens = (0,) * min(_WARM_UP_TOKENS, self._window_tokens // 2)
+        before = self._counter.positions
+        self._prefill(tokens, 0, 0)
+        self._prefill(tokens, 0, len(tokens))
+        self._decode_step([0] * self._rows, [len(tokens)] * self._rows)
+        self._counter.positions = before
+        if self._adapter:
+            self._adapter.prepare(tokens=self._window_tokens)
+
     def run_until_idle(self) -> list[Result]:
         """Step until nothing waits or runs; results in the order of finishing."""
         results: list[Result] = []
@@ -215,26 +235,33 @@ class ServingLoop:
         return logits
 
     def _decode(self) -> None:
-        device = self._model.device
-        positions = self._cache.place_step([running.length for running in self._running], device)
-        output = self._model(
-            input_ids=torch.tensor([[running.generated[-1]] for running in self._running], device=device),
-            position_ids=positions.unsqueeze(1),
-            attention_mask=self._step_mask(positions),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
+        logits = self._decode_step(
+            [running.generated[-1] for running in self._running], [running.length for running in self._running]
         )
         for row, running in enumerate(self._running):
             running.length += 1
             if running.tracked:
                 running.tracked.extend(running.generated[-1:])
-            running.generated.append(running.chooser.choose(output.logits[row, -1]))
+            running.generated.append(running.chooser.choose(logits[row]))
             self._store(row)
 
-    def _step_mask(self, positions: torch.Tensor) -> torch.Tensor:
+    def _decode_step(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        # One token for each of the first rows, at the end of what each holds; logits [rows, vocabulary].
+        device = self._model.device
+        positions = self._cache.place_step(lengths, device)
+        output = self._model(
+            input_ids=torch.tensor(tokens, dtype=torch.long, device=device).unsqueeze(1),
+            position_ids=positions.unsqueeze(1),
+            attention_mask=self._step_mask(positions, longest=max(lengths) + 1),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def _step_mask(self, positions: torch.Tensor, *, longest: int) -> torch.Tensor:
         # [rows, 1, 1, longest]: each row sees its own tokens, the one being written included.
-        longest = int(positions.max()) + 1
         visible = torch.arange(longest, device=positions.device) <= positions[:, None]
         visible = visible[:, None, None, :]
         if self._attention == "sdpa":

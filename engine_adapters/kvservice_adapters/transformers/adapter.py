@@ -193,6 +193,13 @@ class TransformersAdapter:
             reason = "QUEUE_FULL" if self._client.attached else "UNAVAILABLE"
             self._counters.add("skipped_blocks", left, reason="GAVE_UP" if sequence.gave_up_saving else reason)
 
+    def prepare(self, *, tokens: int) -> None:
+        """Make room to load prefixes of up to this many tokens, so that no request pays for fresh memory."""
+        blocks = tokens // self.served.layout.tokens_per_block
+        with self._landing_lock:
+            self._grow_landing(blocks * self.served.layout.block_size_bytes)
+            self._landing.zero_()
+
     def stats(self) -> AdapterStats:
         """What was loaded, saved and missed so far."""
         return self._counters.snapshot()
@@ -234,10 +241,13 @@ class TransformersAdapter:
             if hits.blocks == 0:
                 self._counters.add("missed_blocks", len(hashes), reason=hits.reason.name)
                 return 0
-            self._grow_landing(hits.blocks)
+            size_bytes = hits.blocks * self.served.layout.block_size_bytes
+            if self._landing.numel() < size_bytes:
+                # More than needed: a conversation grows a little with every turn.
+                self._grow_landing(size_bytes * 3 // 2)
             loaded = self._client.load(
                 hashes[: hits.blocks],
-                self._landing[: hits.blocks * self.served.layout.block_size_bytes],
+                self._landing[:size_bytes],
                 session_id=sequence.session_id,
                 request_id=sequence.request_id,
                 deadline_s=self.options.load_deadline_s,
@@ -253,13 +263,10 @@ class TransformersAdapter:
         self._counters.add("loaded_blocks", loaded.blocks)
         return loaded.blocks
 
-    def _grow_landing(self, blocks: int) -> None:
-        needed_bytes = blocks * self.served.layout.block_size_bytes
-        if self._landing.numel() < needed_bytes:
-            # More than needed: a conversation grows a little with every turn.
-            self._landing = torch.empty(
-                needed_bytes + needed_bytes // 2, dtype=torch.uint8, pin_memory=self.served.device.type == "cuda"
-            )
+    def _grow_landing(self, size_bytes: int) -> None:
+        if self._landing.numel() < size_bytes:
+            pinned = self.served.device.type == "cuda"
+            self._landing = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
 
 
 def _check_input(_model: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

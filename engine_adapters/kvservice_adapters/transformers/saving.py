@@ -1,8 +1,9 @@
 """saving: the background thread that hands new blocks to the service, and its bounded queue.
 
-The engine's thread copies a block's bytes out of the cache into staging memory of the queue
-(the cache may be overwritten as soon as `offer` returns); the rest happens here. The queue is
-bounded in bytes: when it is full the engine does not wait, it offers the same blocks again later.
+The engine's thread copies blocks out of the cache, on the cache's device (the cache may be
+overwritten as soon as `offer` returns); the rest, also the way from a GPU to the host, happens
+here. The queue is bounded in bytes: when it is full the engine does not wait, it offers the same
+blocks again later.
 """
 
 import enum
@@ -36,8 +37,8 @@ class _SaveJob:
     first_block: int
     hashes: Sequence[bytes]
     parent: bytes
-    staging: torch.Tensor  # host memory, uint8 [blocks * block_size_bytes]
-    copied: torch.cuda.Event | None  # set when the bytes are in `staging`; None: they are already
+    blocks: torch.Tensor  # uint8 [blocks * block_size_bytes], on the cache's device
+    gathered: torch.cuda.Event | None  # when the bytes are in `blocks`; None: they are, on the CPU
 
 
 class BackgroundSaver:
@@ -63,6 +64,7 @@ class BackgroundSaver:
         self._queued_blocks = 0
         self._pending: set[bytes] = set()
         self._stopping = False
+        self._stream: torch.cuda.Stream | None = None  # made by the thread when the first block comes from a GPU
         self._thread = threading.Thread(target=self._run, name="kvservice-saver", daemon=True)
         self._thread.start()
 
@@ -78,7 +80,7 @@ class BackgroundSaver:
         hashes = tuple(sequence.chain.hashes[first : first + count])
         parent = sequence.chain.hashes[first - 1] if first else b""
         try:
-            staging, copied = self._copy_out(rows, first, count)
+            blocks, gathered = self._copy_out(rows, first, count)
         except BaseException:
             # Whatever it was, the queue must not stay smaller for it.
             self._finished(hashes)
@@ -86,7 +88,7 @@ class BackgroundSaver:
         sequence.save_started(first, first + count)
         with self._changed:
             self._pending.update(hashes)
-            self._jobs.append(_SaveJob(sequence, first, hashes, parent, staging, copied))
+            self._jobs.append(_SaveJob(sequence, first, hashes, parent, blocks, gathered))
             self._changed.notify_all()
 
     def settle(self, hashes: Sequence[bytes], timeout_s: float) -> DrainOutcome:
@@ -111,20 +113,28 @@ class BackgroundSaver:
         return DrainOutcome.TIMED_OUT if self._thread.is_alive() else DrainOutcome.DRAINED
 
     def _copy_out(self, rows: KVRows, first_block: int, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        size_bytes = count * self._layout.block_size_bytes
-        source = rows[0][0].device
-        if source.type != "cuda":
-            staging = torch.empty(size_bytes, dtype=torch.uint8)
-            self._layout.gather(rows, first_block, self._layout.as_blocks(staging))
-            return staging, None
-        # Gathered on the GPU, so that one large copy crosses the bus; torch recycles pinned memory by itself.
-        gathered = torch.empty(size_bytes, dtype=torch.uint8, device=source)
-        self._layout.gather(rows, first_block, self._layout.as_blocks(gathered))
-        staging = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-        staging.copy_(gathered, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record(torch.cuda.current_stream(source))
-        return staging, copied
+        device = rows[0][0].device
+        blocks = torch.empty(count * self._layout.block_size_bytes, dtype=torch.uint8, device=device)
+        self._layout.gather(rows, first_block, self._layout.as_blocks(blocks))
+        if device.type != "cuda":
+            return blocks, None
+        gathered = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        gathered.record(torch.cuda.current_stream(device))
+        return blocks, gathered
+
+    def _host_bytes(self, job: _SaveJob) -> torch.Tensor:
+        if job.gathered is None:
+            return job.blocks
+        # A stream of its own, so that the copy does not queue behind the engine's kernels, and one large copy,
+        # because small ones leave most of the bus unused. torch recycles pinned memory by itself.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(job.blocks.device)  # type: ignore[no-untyped-call]
+        staging = torch.empty(job.blocks.numel(), dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(job.gathered)
+            staging.copy_(job.blocks, non_blocking=True)
+        self._stream.synchronize()
+        return staging
 
     def _run(self) -> None:
         while True:
@@ -151,12 +161,11 @@ class BackgroundSaver:
             self._changed.notify_all()
 
     def _save(self, job: _SaveJob) -> None:
-        if job.copied is not None:
-            job.copied.synchronize()
+        source = self._host_bytes(job)
         try:
             done = self._client.save(
                 job.hashes,
-                job.staging,
+                source,
                 parent=job.parent,
                 session_id=job.sequence.session_id,
                 request_id=job.sequence.request_id,

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
 
 import pytest
 
 from kvservice import errors
 from kvservice.leases import HoldKind
 from kvservice.store.outcomes import Committed, Ended, Granted, Reserved, Written
-from tests.stores import PAGE_BYTES, Engine, Workplace, chain, content_of, small_config
+from tests.stores import PAGE_BYTES, Engine, Workplace, chain, content_of, small_config, spec_of
 
 pytestmark = pytest.mark.unit
 
 
 def fill(workplace: Workplace, engine: Engine) -> int:
-    """Save blocks one after another until something held would have to be evicted; how many slots were free or freed."""
-    for taken in range(64):
+    """Reserve blocks one after another until no room can be made; how many slots were free or could be freed."""
+    slots = 0
+    for number in range(64):
         try:
-            workplace.put(engine, chain(f"filler {taken}", 1))
+            slots += len(workplace.put(engine, chain(f"filler {number}", 1)).slots)
         except errors.CapacityExhausted:
-            return taken
+            return slots
     raise AssertionError("the arena never got full")
 
 
@@ -114,8 +115,6 @@ def test_a_broken_stream_expires_the_holds_of_that_process_only(workplace: Workp
 
 
 def test_a_process_that_attaches_again_has_new_namespaces_and_old_holds(workplace: Workplace, engine: Engine) -> None:
-    from tests.stores import spec_of  # noqa: PLC0415
-
     workplace.save(engine, chain("a", 2))
     granted = engine.get(chain("a", 2))
     workplace.store.detach(engine.peer)
@@ -186,12 +185,10 @@ def test_a_leased_block_that_is_forgotten_is_unreachable_and_stays_where_it_is(
 
 # ------------------------------------------------------------------- requests
 
-End = Callable[[Workplace, Engine], Ended]
-
 
 def held_by(workplace: Workplace, engine: Engine, request_id: str) -> tuple[Granted, Reserved]:
     granted = engine.get(chain("a", 2), request_id=request_id)
-    return granted, workplace.put(engine, chain(f"of {request_id}", 2), request_id=request_id)
+    return granted, workplace.put(engine, chain(f"{engine.peer.instance_id} {request_id}", 2), request_id=request_id)
 
 
 def test_a_request_ends_with_all_its_leases_and_reservations(workplace: Workplace, engine: Engine) -> None:
@@ -221,7 +218,7 @@ def test_expired_holds_of_a_request_are_counted_apart(workplace: Workplace, engi
     workplace.clock.advance(6.0)
     workplace.upkeep()
     assert workplace.store.release(engine.peer, [], "r") == Ended(live=2, expired=1)
-    assert workplace.put(engine, chain("of r", 2)).known == [], "the reservation's blocks left with it"
+    assert engine.namespace.pool.free_slots == 2, "the reservation's slots are free"
 
 
 def test_a_release_of_nothing_is_nothing(workplace: Workplace, engine: Engine) -> None:
@@ -296,8 +293,6 @@ def test_an_attempt_that_waits_for_room_can_be_given_up() -> None:
         workplace.save(engine, chain("a", 4))
 
         async def scenario() -> None:
-            import asyncio  # noqa: PLC0415
-
             waiting = asyncio.create_task(
                 workplace.store.put(
                     engine.peer,
