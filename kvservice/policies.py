@@ -95,9 +95,9 @@ class LeastRecentlyUsed:
                     yield row
             if not self._log:
                 return
-            row = self._take_oldest()
-            if row is not None and is_evictable(row):
-                yield row
+            oldest = self._take_oldest()
+            if oldest is not None and is_evictable(oldest):
+                yield oldest
 
     def _take_oldest(self) -> int | None:
         rows, stamps = self._log[0]

@@ -28,7 +28,8 @@ class Engine:
         self.size_bytes = 0
         self.reservation: kv.Reservation
         self.lease: kv.Lease
-        self.hashes: list[bytes] = []
+        self.reserved: list[bytes] = []
+        self.leased: list[bytes] = []
         self.background: Background
 
     # -------------------------------------------------------------------- facade
@@ -98,8 +99,8 @@ class Engine:
 
     def put(self, name: str, blocks: int, lease_s: float = 0.0, request_id: str = "") -> int:
         """Reserve; how many blocks are to be written."""
-        self.hashes = chain(name, blocks)
-        self.reservation = self.client.put(self.hashes, lease_s=lease_s, request_id=request_id)
+        self.reserved = chain(name, blocks)
+        self.reservation = self.client.put(self.reserved, lease_s=lease_s, request_id=request_id)
         return len(self.reservation.reserved)
 
     def write(self, fraction: float = 1.0) -> int:
@@ -107,7 +108,7 @@ class Engine:
         written = 0
         budget = int(len(self.reservation.reserved) * self.size_bytes * fraction)
         for position, view in self.reservation.reserved:
-            piece = content(self.hashes[position], self.size_bytes)[: budget - written]
+            piece = content(self.reserved[position], self.size_bytes)[: budget - written]
             view.memory[: len(piece)] = piece
             written += len(piece)
         return written
@@ -120,8 +121,8 @@ class Engine:
 
     def get(self, name: str, blocks: int, lease_s: float = 0.0, request_id: str = "") -> int:
         """Lease; how many blocks."""
-        self.hashes = chain(name, blocks)
-        self.lease = self.client.get(self.hashes, lease_s=lease_s, request_id=request_id)
+        self.leased = chain(name, blocks)
+        self.lease = self.client.get(self.leased, lease_s=lease_s, request_id=request_id)
         return len(self.lease.blocks)
 
     def read(self, first: int = 0) -> list[str]:
@@ -130,7 +131,7 @@ class Engine:
         return [
             "changed"
             if not self.lease.valid(position)
-            else ("right" if copied == content(self.hashes[position], self.size_bytes) else "wrong")
+            else ("right" if copied == content(self.leased[position], self.size_bytes) else "wrong")
             for position, copied in enumerate(copies, start=first)
         ]
 
