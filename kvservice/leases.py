@@ -147,13 +147,16 @@ class Leases:
         self.require_live(hold, now_s)
         hold.expires_at_s = now_s + duration_s
         heapq.heappush(self._expiries, (hold.expires_at_s, hold.hold_id))
+        self._keep_heap_in_proportion()
 
     def require_live(self, hold: Hold, now_s: float) -> None:
         """Raise LeaseExpired or ReservationLost if the hold's time has passed."""
         if not hold.expired and now_s < hold.expires_at_s:
             return
         error = LeaseExpired if hold.kind is HoldKind.READ else ReservationLost
-        raise error(f"{hold.kind.value} {hold.hold_id} expired {now_s - hold.expires_at_s:.1f} s ago; release it")
+        passed_s = now_s - hold.expires_at_s
+        when = f"{passed_s:.1f} s ago" if passed_s >= 0 else "with the attachment that it was granted to"
+        raise error(f"{hold.kind.value} {hold.hold_id} expired {when}; release it")
 
     def expire(self, now_s: float) -> list[Hold]:
         """Mark and return the holds whose time has passed since the last call."""
@@ -206,10 +209,7 @@ class Leases:
             del self._by_instance[hold.instance_id]
             for kind in HoldKind:
                 self._counts.pop((kind, hold.instance_id), None)
-        if len(self._expiries) > 2 * len(self._holds) + 1024:
-            # Renewals and early releases leave entries behind; keep the heap in proportion.
-            self._expiries = [(live.expires_at_s, live.hold_id) for live in self._holds.values()]
-            heapq.heapify(self._expiries)
+        self._keep_heap_in_proportion()
 
     def count(self, kind: HoldKind, *, instance_id: int | None = None) -> int:
         """How many holds of that kind, of one instance or of all."""
@@ -221,3 +221,9 @@ class Leases:
         """Slots of expired holds that nobody may use yet."""
         holds = self._holds if instance_id is None else self._by_instance.get(instance_id, {})
         return sum(len(hold.slots) for hold in holds.values() if hold.expired)
+
+    def _keep_heap_in_proportion(self) -> None:
+        """Renewals and early releases leave entries behind."""
+        if len(self._expiries) > 2 * len(self._holds) + 1024:
+            self._expiries = [(hold.expires_at_s, hold.hold_id) for hold in self._holds.values() if not hold.expired]
+            heapq.heapify(self._expiries)

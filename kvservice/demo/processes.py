@@ -66,7 +66,13 @@ class _Subprocess:
 
     @property
     def process_id(self) -> int:
+        """Of the child."""
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the child is gone."""
+        return self._process.poll() is not None
 
     def died(self, doing: str) -> DemoFailedError:
         """The error to raise when the child is gone or silent: what it said last is in the message."""

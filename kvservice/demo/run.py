@@ -61,11 +61,20 @@ class Demo:
         """
         ready = self._recompute()
         with self._daemon(ready) as daemon:
-            daemon.wait_ready(_DAEMON_TIMEOUT_S)
-            first, restart = range(self._scale.restart_before_turn), self._scale.restart_before_turn
-            self._resume("engine 1", daemon, first, f"Engine 1 with the service: turns 1 to {restart}")
-            control = self._resume_restarted(daemon, range(restart, self._scale.turns))
-            daemon.stop()
+            try:
+                return self._with_service(daemon)
+            except DemoFailedError as error:
+                if daemon.ended:
+                    # Whatever an engine complained of, this is why.
+                    raise daemon.died("conversations ran") from error
+                raise
+
+    def _with_service(self, daemon: DaemonProcess) -> Control:
+        daemon.wait_ready(_DAEMON_TIMEOUT_S)
+        first, restart = range(self._scale.restart_before_turn), self._scale.restart_before_turn
+        self._resume("engine 1", daemon, first, f"Engine 1 with the service: turns 1 to {restart}")
+        control = self._resume_restarted(daemon, range(restart, self._scale.turns))
+        daemon.stop()
         return control
 
     def _make_model(self, *, on_gpu: bool) -> Path:

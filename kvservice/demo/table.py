@@ -89,7 +89,7 @@ class Progressing:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(description, total=steps)
         if not self._live:
-            self._console.print(description, markup=False, highlight=False, soft_wrap=True)
+            self._say(description)
         self._refresh()
 
     def step(self, text: str) -> None:
@@ -97,7 +97,7 @@ class Progressing:
         if self._task is not None:
             self._progress.advance(self._task)
         if not self._live:
-            self._console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+            self._say(f"  {text}")
         self._refresh()
 
     def row(self, row: Row) -> None:
@@ -109,6 +109,11 @@ class Progressing:
             f"(recomputed: {row.ttft_recomputed_ms:.1f}), "
             f"tokens {'identical' if row.tokens_identical else 'DIFFER'}"
         )
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        # A pipe would keep the lines back until there are many, and these are the progress.
+        self._console.file.flush()
 
     def _refresh(self) -> None:
         if self._live:

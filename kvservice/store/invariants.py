@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from kvservice.blocks import NamespaceKey
-from kvservice.dram import Arena
 from kvservice.instances import Instances
 from kvservice.leases import Leases
 from kvservice.store.namespace import Namespace
+from kvservice.store.space import Space
 
 
 def check(
-    namespaces: Mapping[NamespaceKey, Namespace], leases: Leases, arena: Arena, instances: Instances[Namespace]
+    namespaces: Mapping[NamespaceKey, Namespace], leases: Leases, space: Space, instances: Instances[Namespace]
 ) -> None:
     """Raise AssertionError naming what is broken. O(n)."""
     holders: dict[NamespaceKey, np.ndarray] = {
@@ -28,6 +28,7 @@ def check(
         extra = namespace.pool.holders - holders[key]
         assert ((extra == 0) | (extra == 1)).all(), f"{namespace.spec.label}: holders without a lease"
     used_bytes = sum(namespace.pool.size_bytes for namespace in namespaces.values())
-    assert used_bytes == arena.used_bytes, "the arena's bytes are not those of the segments"
+    used_bytes += space.in_flight_bytes
+    assert used_bytes == space.arena.used_bytes, "the arena's bytes are not those of the segments"
     connected = {instance.instance_id for instance in instances}
     assert all(hold.instance_id in connected for hold in leases), "a hold outlives its process"

@@ -47,6 +47,8 @@ class Namespace:
     index: Index = field(default_factory=Index)
     counters: Counters = field(default_factory=Counters)
     last_used_s: float = 0.0
+    growing_bytes: int = 0
+    """Of segments being made for it."""
     is_retired: bool = False
     """Dropped from the registry; memory that arrives late must not be added."""
 
@@ -142,9 +144,24 @@ class Namespace:
         """Drop every block; like `drop_subtrees`."""
         return self.drop_subtrees(self.index.roots().tolist(), DropReason.FORGOTTEN, now_s)
 
-    def evictable_slots_bound(self) -> int:
-        """At most so many slots can be freed by eviction now."""
-        return int(np.count_nonzero((self.pool.holders == 0) & (self.pool.row_of != NO_ROW)))
+    def evictable_slots(self, enough: int) -> int:
+        """How many slots eviction can free now; exact unless it is clearly at least `enough`.
+
+        What stands in front of a held block cannot leave either.
+        """
+        held = self.pool.holders > 0
+        owned = self.pool.row_of != NO_ROW
+        free_standing = int(np.count_nonzero(owned & ~held))
+        held_rows = self.pool.row_of[owned & held]
+        if free_standing - int(np.sum(self.index.depth[held_rows])) >= enough:
+            return free_standing
+        kept: set[int] = set()
+        for held_row in held_rows.tolist():
+            for row in self.index.ancestors(held_row):
+                if row in kept:
+                    break
+                kept.add(row)
+        return int(np.count_nonzero(owned)) - len(kept)
 
     def check(self) -> None:
         """Assert this namespace's invariants. For tests; O(n)."""

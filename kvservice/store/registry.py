@@ -71,8 +71,10 @@ class Registry:
         return existing
 
     async def _make_namespace(self, spec: NamespaceSpec) -> Namespace:
-        if len(self.namespaces) >= self.config.namespaces_max:
+        while len(self.namespaces) >= self.config.namespaces_max:
             await self._drop_coldest_namespace()
+        if spec.key in self.namespaces:
+            return self.namespaces[spec.key]  # made by another attachment meanwhile
         rule = self.config.rule_for(spec.label)
         namespace = Namespace(
             spec=spec,
@@ -87,7 +89,8 @@ class Registry:
             ),
             last_used_s=self.clock(),
         )
-        return self.namespaces.setdefault(spec.key, namespace)
+        self.namespaces[spec.key] = namespace
+        return namespace
 
     async def _drop_coldest_namespace(self) -> None:
         idle = [namespace for namespace in self.namespaces.values() if self._is_idle(namespace)]

@@ -20,6 +20,7 @@ from kvservice.errors import CapacityExhausted, QuotaExceeded
 from kvservice.logs import event_log
 from kvservice.store.namespace import Namespace
 
+_REFUSAL_PAUSE_S = 10.0
 _EVICTION_SLICE = 512  # blocks per round of upkeep: about a millisecond of the event loop
 
 _log = event_log(__name__)
@@ -47,6 +48,9 @@ class Space:
         self._clock = clock
         self._namespaces = namespaces
         self._on_segments_changed = on_segments_changed
+        self._refused_until_s = float("-inf")
+        self.in_flight_bytes = 0
+        """Of the arena's used bytes, those of segments being made or closed: in no pool."""
 
     def slots_per_segment(self, stride_bytes: int) -> int:
         """How many slots a full segment of that stride has; at least one."""
@@ -67,7 +71,7 @@ class Space:
             if donor is not None:
                 await self._reclaim(donor, position)
                 return
-        evictable = namespace.evictable_slots_bound()
+        evictable = namespace.evictable_slots(missing)
         if missing > evictable:
             raise self._refusal(namespace, slots_wanted, evictable)
         at_quota = self._is_at_quota(namespace)
@@ -76,49 +80,54 @@ class Space:
             raise self._refusal(namespace, slots_wanted, namespace.pool.free_slots)
 
     async def grow(self, namespace: Namespace) -> bool:
-        """Add a segment if arena and quota have room for at least one slot; whether it did."""
+        """Add a segment if arena, quota and system have room for at least one slot; whether it did."""
         stride_bytes = namespace.stride_bytes
         room_bytes = self.arena.unused_bytes
         if namespace.quota_bytes:
-            room_bytes = min(room_bytes, namespace.quota_bytes - namespace.pool.size_bytes)
+            owned_bytes = namespace.pool.size_bytes + namespace.growing_bytes
+            room_bytes = min(room_bytes, namespace.quota_bytes - owned_bytes)
         slots = min(namespace.pool.slots_per_segment, room_bytes // stride_bytes)
-        if slots < 1:
+        if slots < 1 or self._clock() < self._refused_until_s:
             return False
         size_bytes = slots * stride_bytes
         segment_id = self.arena.promise(size_bytes)
-        loop = asyncio.get_running_loop()
+        namespace.growing_bytes += size_bytes
+        self.in_flight_bytes += size_bytes
+        # To its end even if the caller is cancelled meanwhile: the memory is being made.
+        return await asyncio.shield(asyncio.create_task(self._add_segment(namespace, segment_id, slots)))
+
+    async def _add_segment(self, namespace: Namespace, segment_id: int, slots: int) -> bool:
+        size_bytes = slots * namespace.stride_bytes
+        is_added = False
         try:
-            segment = await loop.run_in_executor(
+            segment = await asyncio.get_running_loop().run_in_executor(
                 self._executor,
-                lambda: self.arena.make_segment(segment_id, stride_bytes=stride_bytes, slots=slots),
+                lambda: self.arena.make_segment(segment_id, stride_bytes=namespace.stride_bytes, slots=slots),
             )
+            if namespace.is_retired:
+                segment.close()
+            else:
+                namespace.pool.add(segment)
+                self._on_segments_changed(namespace, [segment.segment_id], [])
+                is_added = True
         except OSError as error:
-            self.arena.give_back(size_bytes)
-            raise CapacityExhausted(
-                f"the system gave no memory for a segment of {size_bytes} bytes ({error}); "
-                "lower dram_bytes or raise the memory limit"
-            ) from error
-        except BaseException:
-            self.arena.give_back(size_bytes)
-            raise
-        if namespace.is_retired:
-            segment.close()
-            self.arena.give_back(size_bytes)
-            raise CapacityExhausted("the namespace was dropped meanwhile: attach again")
-        namespace.pool.add(segment)
-        self._on_segments_changed(namespace, [segment.segment_id], [])
-        return True
+            # Less memory than dram_bytes promises: make do with what there is, and ask again later.
+            self._refused_until_s = self._clock() + _REFUSAL_PAUSE_S
+            _log.warning(
+                "system_refused_memory", size_bytes=size_bytes, why=str(error), used_bytes=self.arena.used_bytes
+            )
+        finally:
+            namespace.growing_bytes -= size_bytes
+            self.in_flight_bytes -= size_bytes
+            if not is_added:
+                self.arena.give_back(size_bytes)
+        return is_added
 
     async def keep_up(self, namespace: Namespace, *, may_grow: bool) -> None:
         """One step ahead of need: a segment while few slots are free, else the watermarks."""
         is_short = namespace.pool.free_slots * namespace.stride_bytes < self._config.dram_grow_ahead_bytes
-        if may_grow and is_short:
-            try:
-                if await self.grow(namespace):
-                    return
-            except CapacityExhausted as error:
-                # The system has less memory than dram_bytes promises: keep to what there is.
-                _log.warning("arena_cannot_grow", why=str(error))
+        if may_grow and is_short and await self.grow(namespace):
+            return
         self._keep_watermarks(namespace)
 
     async def release_all(self, namespace: Namespace) -> None:
@@ -129,7 +138,8 @@ class Space:
     def _keep_watermarks(self, namespace: Namespace) -> None:
         # Only memory that cannot grow is kept partly free: evicting earlier would lose hits.
         total, free = namespace.pool.total_slots, namespace.pool.free_slots
-        may_grow = self.arena.unused_bytes >= namespace.stride_bytes and not self._is_at_quota(namespace)
+        has_room = self.arena.unused_bytes >= namespace.stride_bytes and not self._is_at_quota(namespace)
+        may_grow = has_room and self._clock() >= self._refused_until_s
         if may_grow or total - free <= self._config.high_watermark * total:
             return
         wanted = int((1.0 - self._config.low_watermark) * total) - free
@@ -155,12 +165,20 @@ class Space:
         )
 
     def _segment_to_reclaim(self, taker: Namespace) -> tuple[Namespace | None, int]:
-        """The coldest segment without holders in the namespace furthest above its share."""
+        """The coldest segment without holders in the namespace furthest above its share.
+
+        Only where the taker ends up with no more than the donor keeps, or has nothing at all:
+        else two namespaces would take the same segment from each other for ever.
+        """
         share_bytes = self._share_bytes()
         above = [other for other in self._namespaces() if other is not taker and other.pool.size_bytes > share_bytes]
         for donor in sorted(above, key=lambda other: other.pool.size_bytes, reverse=True):
             coldest = min(self._temperatures(donor), default=None)
-            if coldest is not None:
+            if coldest is None:
+                continue
+            segment = donor.pool.segments[coldest[1]]
+            kept_bytes = donor.pool.size_bytes - (segment.size_bytes if segment else 0)
+            if kept_bytes > taker.pool.size_bytes or not taker.pool.size_bytes:
                 return donor, coldest[1]
         return None, 0
 
@@ -185,5 +203,10 @@ class Space:
     async def _give_back(self, namespace: Namespace, segment: Segment) -> None:
         # Holders of the mapping hear of it before the memory is punched out under it.
         self._on_segments_changed(namespace, [], [segment.segment_id])
+        self.in_flight_bytes += segment.size_bytes
+        await asyncio.shield(asyncio.create_task(self._close(segment)))
+
+    async def _close(self, segment: Segment) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, segment.close)
+        self.in_flight_bytes -= segment.size_bytes
         self.arena.give_back(segment.size_bytes)

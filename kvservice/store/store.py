@@ -224,7 +224,8 @@ class Store:
             holds += [hold for hold in self.leases.give_up(instance.instance_id, attempt_ids) if hold not in holds]
         for hold in holds:
             self._holds.end(hold)
-        expired = sum(hold.expired for hold in holds)
+        now_s = self.clock()
+        expired = sum(hold.expired or hold.expires_at_s <= now_s for hold in holds)
         return Ended(len(holds) - expired, expired)
 
     # ------------------------------------------------------ put, commit, abort
@@ -370,7 +371,7 @@ class Store:
 
     def check(self) -> None:
         """Assert every invariant that spans rooms. For tests; O(n)."""
-        invariants.check(self.namespaces, self.leases, self.arena, self.instances)
+        invariants.check(self.namespaces, self.leases, self._space, self.instances)
 
     # ---------------------------------------------------------------- privately
 

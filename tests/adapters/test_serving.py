@@ -283,6 +283,9 @@ def test_what_does_not_fit_into_the_window_is_refused_with_the_numbers(model: Pr
         loop.submit(Request("r", (), max_new_tokens=5))
     with pytest.raises(ValueError, match="no prompt or asks for no token"):
         loop.submit(Request("r", (1,), max_new_tokens=0))
+    for stranger in (-1, 512):
+        with pytest.raises(ValueError, match="holds ids outside 0 to 511"):
+            loop.submit(Request("r", (1, stranger), max_new_tokens=1))
     full = run(loop, [Request("full", draw(0, 60), max_new_tokens=4)])["full"]
     assert full.tokens == alone(model, Request("full", draw(0, 60), max_new_tokens=4))
 

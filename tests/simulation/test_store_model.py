@@ -7,33 +7,36 @@ not cover sockets, gRPC and the client library (tests/integration).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvservice import errors
-from kvservice.blocks import DropReason
-from kvservice.leases import HoldKind
-from kvservice.store.outcomes import Committed, Written
+from kvservice.blocks import BlockHash, DropReason
+from kvservice.store.outcomes import Committed
 from tests.stores import PAGE_BYTES, Engine, Workplace, chain, content_of, small_config, spec_of
 
 pytestmark = pytest.mark.unit
 
 NAMESPACES = ("left", "right")
-ENGINES_MAX = 4
+ENGINES = 4
 DEPTH_MAX = 6
 BRANCHES = 3
+CHAINS = 2 * BRANCHES
 
 NUMBER = st.integers(0, 1 << 16)
 DEPTH = st.integers(1, DEPTH_MAX)
+SESSION = st.sampled_from(["", "a", "b", "c", "d"])
 
 
 def chain_of(number: int, depth: int) -> list[bytes]:
     """One of a few chains, which share prefixes: a trunk of two blocks, then a branch."""
-    trunk, branch = divmod(number % (2 * BRANCHES), BRANCHES)
+    trunk, branch = divmod(number % CHAINS, BRANCHES)
     return [*chain(f"trunk {trunk}", 2), *chain(f"branch {trunk} {branch}", DEPTH_MAX)][:depth]
 
 
@@ -46,6 +49,7 @@ class Copying:
     hashes: list[bytes]
     slots: list[int]
     generations: list[int]
+    contents: list[bytes]
     writer: int = 0
     committed: set[int] = field(default_factory=set)
 
@@ -69,13 +73,15 @@ class Stored(RuleBasedStateMachine):
                 low_watermark=0.6,
             )
         )
+        self.store = self.workplace.store
         self.engines: list[Engine] = []
         self.readers: list[Copying] = []
         self.writers: list[Copying] = []
         self.frozen: list[Copying] = []
         self.published: dict[tuple[str, bytes], bytes] = {}
         self.writers_so_far = 0
-        self.attach(0)
+        for number in range(ENGINES):
+            self._attach(number)
 
     def teardown(self) -> None:
         if hasattr(self, "workplace"):
@@ -84,243 +90,237 @@ class Stored(RuleBasedStateMachine):
                     engine.hang_up()
                 assert list(self.workplace.store.leases) == []
 
-    # ---------------------------------------------------------------- processes
+    # ----------------------------------------------------- what engines do all day
 
-    @rule(namespace=NUMBER)
-    @precondition(lambda self: len(self.engines) < ENGINES_MAX)
-    def attach(self, namespace: int) -> None:
-        try:
-            spec = spec_of(NAMESPACES[namespace % 2], tenant="uid:1")
-            self.engines.append(self.workplace.engine(spec))
-        except errors.CapacityExhausted:
-            pass  # the other namespace's segments are all in use
+    @rule(which=NUMBER, numbers=st.lists(NUMBER, min_size=1, max_size=4), depth=DEPTH, session=SESSION)
+    def save(self, which: int, numbers: list[int], depth: int, session: str) -> None:
+        """Put, write and commit one chain after another."""
+        for number in numbers:
+            copy = self._put(self._one(which), chain_of(number, depth), session=session)
+            if copy is not None:
+                self._commit(copy, list(range(len(copy.slots))))
+
+    @rule(which=NUMBER, numbers=st.lists(NUMBER, min_size=1, max_size=4), depth=DEPTH, session=SESSION)
+    def load(self, which: int, numbers: list[int], depth: int, session: str) -> None:
+        """Get, compare and release one chain after another."""
+        for number in numbers:
+            copy = self._get(self._one(which), chain_of(number, depth), session=session)
+            if copy is not None:
+                self._release(copy)
+
+    @rule(which=NUMBER, number=NUMBER, depth=DEPTH, session=SESSION)
+    def begin_to_read(self, which: int, number: int, depth: int, session: str) -> None:
+        self._get(self._one(which), chain_of(number, depth), session=session)
+
+    @rule(which=NUMBER, number=NUMBER, depth=DEPTH, session=SESSION, split=st.integers(0, 2))
+    def begin_to_write(self, which: int, number: int, depth: int, session: str, split: int) -> None:
+        """Half of the copy happens now; the rest when it commits, or too late."""
+        hashes = chain_of(number, depth)
+        if 0 < split < depth:
+            copy = self._put(self._one(which), hashes[split:], parent=hashes[split - 1], session=session)
+        else:
+            copy = self._put(self._one(which), hashes, session=session)
+        if copy is not None:
+            self._write(copy, range(len(copy.slots) // 2))
+
+    @rule(which=NUMBER, some=st.integers(1, 63))
+    @precondition(lambda self: self.writers)
+    def commit(self, which: int, some: int) -> None:
+        """Some of what is left, in any order of the chain."""
+        copy = self.writers[which % len(self.writers)]
+        left = [position for position in range(len(copy.slots)) if position not in copy.committed]
+        self._commit(copy, [position for position in left if some >> position & 1] or left)
 
     @rule(which=NUMBER)
-    @precondition(lambda self: self.engines)
-    def die(self, which: int) -> None:
-        """By kill -9: the kernel hangs up for it, and nothing of it copies on."""
-        engine = self.engines.pop(which % len(self.engines))
-        engine.hang_up()
-        for copying in (self.readers, self.writers, self.frozen):
-            copying[:] = [copy for copy in copying if copy.engine is not engine]
+    @precondition(lambda self: self.readers or self.writers)
+    def finish(self, which: int) -> None:
+        """A reader releases, a writer aborts."""
+        both = [*self.readers, *self.writers]
+        copy = both[which % len(both)]
+        if copy.writer:
+            self.writers.remove(copy)
+            self.store.abort(copy.engine.peer, copy.hold_id)
+        else:
+            self._release(copy)
 
-    @rule(which=NUMBER)
-    @precondition(lambda self: self.engines)
-    def lose_the_stream(self, which: int) -> None:
-        """Its stream breaks and it attaches again on the same token; its copies go on, too late."""
-        engine = self.engines[which % len(self.engines)]
-        spec = engine.namespace.spec
-        self.workplace.store.detach(engine.peer)
-        self._freeze(lambda copy: copy.engine is engine)
-        self.workplace.run(self.workplace.store.attach(engine.peer, "again", [spec]))
+    # ----------------------------------------------------------- what goes wrong
 
     @rule(seconds=st.sampled_from([1.0, 10.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
         self.workplace.clock.advance(seconds)
         now_s = self.workplace.clock.now_s
-        live = {hold.hold_id for hold in self.workplace.store.leases if now_s < hold.expires_at_s and not hold.expired}
-        self._freeze(lambda copy: copy.hold_id not in live)
+        live = {hold.hold_id for hold in self.store.leases if now_s < hold.expires_at_s and not hold.expired}
+        self._freeze({copy.hold_id for copy in [*self.readers, *self.writers]} - live)
 
     @rule()
     def upkeep(self) -> None:
         self.workplace.upkeep()
 
-    # ------------------------------------------------------------------ reading
+    @rule(which=NUMBER, acknowledges=st.booleans())
+    @precondition(lambda self: self.frozen)
+    def go_on_too_late(self, which: int, acknowledges: bool) -> None:
+        """A process that was stopped writes over, or reads from, slots that it lost long ago; then it may say so."""
+        copy = self.frozen[which % len(self.frozen)]
+        if copy.writer:
+            self._write(copy, range(len(copy.slots)))
+        else:
+            self._compare(copy)
+        if acknowledges:
+            self.frozen.remove(copy)
+            self._acknowledge_late(copy)
 
-    @rule(which=NUMBER, number=NUMBER, depth=DEPTH, session=st.sampled_from(["", "a", "b", "c", "d"]))
-    @precondition(lambda self: self.engines)
-    def get(self, which: int, number: int, depth: int, session: str) -> None:
-        engine = self.engines[which % len(self.engines)]
-        hashes = chain_of(number, depth)
+    @rule(which=NUMBER, how=st.sampled_from(["dies", "loses its stream"]))
+    def engine(self, which: int, how: str) -> None:
+        engine = self._one(which)
+        if how == "dies":
+            # kill -9: the kernel hangs up for it, and nothing of it copies on.
+            self.engines.remove(engine)
+            engine.hang_up()
+            for copying in (self.readers, self.writers, self.frozen):
+                copying[:] = [copy for copy in copying if copy.engine is not engine]
+            self._attach(which)
+        else:
+            # It attaches again on the same token, and its copies go on, too late.
+            spec = engine.namespace.spec
+            self.store.detach(engine.peer)
+            self._freeze({copy.hold_id for copy in [*self.readers, *self.writers] if copy.engine is engine})
+            self.workplace.run(self.store.attach(engine.peer, "again", [spec]))
+
+    @rule(which=NUMBER, session=SESSION)
+    def forget(self, which: int, session: str) -> None:
+        """A session, or without a name everything."""
+        engine = self._one(which)
+        before = len(engine.namespace.index)
+        if session:
+            forgotten = self.store.forget_session(engine.peer, 1, session)
+        else:
+            forgotten = self.store.forget_namespace(engine.peer, 1)
+            assert len(engine.namespace.index) == 0
+        assert before - len(engine.namespace.index) == forgotten.dropped >= forgotten.in_use
+
+    # ---------------------------------------------------------------- what holds
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        if hasattr(self, "workplace"):
+            self.store.check()
+            assert self.store.arena.used_bytes <= self.store.config.dram_bytes
+            for namespace in self.store.namespaces.values():
+                assert not namespace.quota_bytes or namespace.pool.size_bytes <= namespace.quota_bytes
+            copies = {copy.hold_id for copy in [*self.readers, *self.writers, *self.frozen]}
+            assert {hold.hold_id for hold in self.store.leases} == copies
+
+    @invariant()
+    def everything_held_has_its_bytes(self) -> None:
+        """Every block that could be read now has the bytes that were committed for it."""
+        for engine in getattr(self, "engines", ()):
+            for number in range(CHAINS):
+                hashes = chain_of(number, DEPTH_MAX)
+                held = engine.lookup(hashes).dram_blocks
+                rows = engine.namespace.index.rows_of([BlockHash(block_hash) for block_hash in hashes[:held]])
+                contents = engine.read(engine.namespace.index.slot[rows])
+                for block_hash, content in zip(hashes, contents, strict=False):
+                    assert content == self.published[engine.namespace.spec.label, block_hash]
+
+    # ----------------------------------------------------------------- privately
+
+    def _one(self, which: int) -> Engine:
+        return self.engines[which % len(self.engines)]
+
+    def _attach(self, number: int) -> None:
+        spec = spec_of(NAMESPACES[number % 2], tenant="uid:1")
+        try:
+            self.engines.append(self.workplace.engine(spec))
+        except errors.CapacityExhausted:
+            # The other namespace's segments are all in use: it works for that one instead.
+            self.engines.append(self.workplace.engine(spec_of(NAMESPACES[1 - number % 2], tenant="uid:1")))
+
+    def _get(self, engine: Engine, hashes: list[bytes], *, session: str) -> Copying | None:
         looked = engine.lookup(hashes)
         try:
             granted = engine.get(hashes, session_id=session)
         except errors.Overloaded:
-            return
-        assert len(granted.slots) == looked.dram_blocks
-        assert len(granted.slots) + granted.missed == depth
-        if not granted.hold_id:
-            assert not len(granted.slots)
-            return
-        generations = self._generations(engine, granted.slots.tolist())
-        copy = Copying(engine, granted.hold_id, hashes, granted.slots.tolist(), generations)
+            return None
+        slots = granted.slots.tolist()
+        assert len(slots) == looked.dram_blocks == len(hashes) - granted.missed
+        assert bool(granted.hold_id) == bool(slots)
+        if not slots:
+            return None
+        contents = [self.published[engine.namespace.spec.label, block_hash] for block_hash in hashes[: len(slots)]]
+        copy = Copying(engine, granted.hold_id, hashes, slots, self._generations(engine, slots), contents)
         self.readers.append(copy)
         self._compare(copy)
+        return copy
 
-    @rule(which=NUMBER)
-    @precondition(lambda self: self.readers)
-    def read_on(self, which: int) -> None:
-        """A reader with a live lease: its bytes are there to stay, whatever happened since."""
-        self._compare(self.readers[which % len(self.readers)])
-
-    @rule(which=NUMBER)
-    @precondition(lambda self: self.readers)
-    def release(self, which: int) -> None:
-        copy = self.readers.pop(which % len(self.readers))
+    def _release(self, copy: Copying) -> None:
         self._compare(copy)
-        self.workplace.store.release(copy.engine.peer, [copy.hold_id], "")
+        self.readers.remove(copy)
+        self.store.release(copy.engine.peer, [copy.hold_id], "")
 
-    # ------------------------------------------------------------------ writing
-
-    @rule(which=NUMBER, number=NUMBER, depth=DEPTH, session=st.sampled_from(["", "a", "b"]), split=st.integers(0, 2))
-    @precondition(lambda self: self.engines)
-    def put(self, which: int, number: int, depth: int, session: str, split: int) -> None:
-        engine = self.engines[which % len(self.engines)]
-        hashes = chain_of(number, depth)
-        parent, tail = (hashes[split - 1], hashes[split:]) if 0 < split < depth else (b"", hashes)
+    def _put(self, engine: Engine, hashes: list[bytes], *, parent: bytes = b"", session: str) -> Copying | None:
         try:
-            reserved = self.workplace.put(engine, tail, parent=parent, session_id=session)
+            reserved = self.workplace.put(engine, hashes, parent=parent, session_id=session)
         except (errors.Overloaded, errors.CapacityExhausted):
-            return
-        known = sum(blocks for blocks, _ in reserved.known)
-        if not reserved.hold_id:
-            assert known == len(tail)
-            return
-        assert Written.PARENT_MISSING not in [written for _, written in reserved.known]
+            return None
+        known, slots = sum(blocks for blocks, _ in reserved.known), reserved.slots.tolist()
+        assert known + len(slots) == len(hashes)
+        assert bool(reserved.hold_id) == bool(slots)
+        if not slots:
+            return None
         self.writers_so_far += 1
-        slots = reserved.slots.tolist()
+        contents = [content_of(block_hash, self.writers_so_far) for block_hash in hashes[known:]]
+        generations = self._generations(engine, slots)
         copy = Copying(
-            engine, reserved.hold_id, tail[known:], slots, self._generations(engine, slots), self.writers_so_far
+            engine, reserved.hold_id, hashes[known:], slots, generations, contents, writer=self.writers_so_far
         )
         self.writers.append(copy)
-        # Half of the copy happens now; the rest when it commits, or too late.
-        self._write(copy, len(slots) // 2)
+        return copy
 
-    @rule(which=NUMBER, some=st.integers(0, 63))
-    @precondition(lambda self: self.writers)
-    def commit(self, which: int, some: int) -> None:
-        copy = self.writers[which % len(self.writers)]
-        left = [position for position in range(len(copy.slots)) if position not in copy.committed]
-        positions = [position for position in left if some >> position & 1] or left
-        self._write(copy, len(copy.slots), only=positions)
-        outcomes = [
-            outcome
-            for blocks, outcome in self.workplace.store.commit(copy.engine.peer, copy.hold_id, positions)
-            for _ in range(blocks)
-        ]
-        assert len(outcomes) == len(positions)
+    def _commit(self, copy: Copying, positions: list[int]) -> None:
+        self._write(copy, positions)
+        runs = self.store.commit(copy.engine.peer, copy.hold_id, positions)
+        outcomes = [outcome for blocks, outcome in runs for _ in range(blocks)]
         for position, outcome in zip(positions, outcomes, strict=True):
-            assert outcome in (Committed.PUBLISHED, Committed.AWAITING_PARENT, DropReason.PREFIX_LOST)
-            if outcome is not DropReason.PREFIX_LOST:
-                # What waits for its prefix counts: once readable, it has these bytes.
-                self._publish(copy, position)
+            # What waits for its prefix counts as well: once it can be read, it has these bytes.
+            if outcome in (Committed.PUBLISHED, Committed.AWAITING_PARENT):
+                self.published[copy.engine.namespace.spec.label, copy.hashes[position]] = copy.contents[position]
+            else:
+                assert outcome is DropReason.PREFIX_LOST
         copy.committed.update(positions)
         if len(copy.committed) == len(copy.slots):
             self.writers.remove(copy)
 
-    @rule(which=NUMBER)
-    @precondition(lambda self: self.writers)
-    def abort(self, which: int) -> None:
-        copy = self.writers.pop(which % len(self.writers))
-        self.workplace.store.abort(copy.engine.peer, copy.hold_id)
-
-    # ---------------------------------------------------------------- much too late
-
-    @rule(which=NUMBER)
-    @precondition(lambda self: self.frozen)
-    def copy_late(self, which: int) -> None:
-        """A process that was stopped goes on: it writes over or reads from slots that it lost long ago."""
-        copy = self.frozen[which % len(self.frozen)]
-        if copy.writer:
-            self._write(copy, len(copy.slots))
-        else:
-            self._compare(copy)
-
-    @rule(which=NUMBER)
-    @precondition(lambda self: self.frozen)
-    def acknowledge_late(self, which: int) -> None:
-        copy = self.frozen.pop(which % len(self.frozen))
-        store, peer = self.workplace.store, copy.engine.peer
+    def _acknowledge_late(self, copy: Copying) -> None:
+        peer = copy.engine.peer
         if copy.writer:
             with pytest.raises(errors.ReservationLost):
-                store.commit(peer, copy.hold_id, [])
-            store.abort(peer, copy.hold_id)
+                self.store.commit(peer, copy.hold_id, [])
+            self.store.abort(peer, copy.hold_id)
             with pytest.raises(errors.LeaseUnknown):
-                store.abort(peer, copy.hold_id)
+                self.store.abort(peer, copy.hold_id)
         else:
             with pytest.raises(errors.LeaseExpired):
-                store.renew(peer, [copy.hold_id], [], 0.0)
-            store.release(peer, [copy.hold_id], "")
+                self.store.renew(peer, [copy.hold_id], [], 0.0)
+            self.store.release(peer, [copy.hold_id], "")
 
-    # --------------------------------------------------------------------- forgetting
-
-    @rule(which=NUMBER, session=st.sampled_from(["a", "b", "c", "d"]))
-    @precondition(lambda self: self.engines)
-    def forget_session(self, which: int, session: str) -> None:
-        engine = self.engines[which % len(self.engines)]
-        before = len(engine.namespace.index)
-        forgotten = self.workplace.store.forget_session(engine.peer, 1, session)
-        assert before - len(engine.namespace.index) == forgotten.dropped >= forgotten.in_use
-
-    @rule(which=NUMBER)
-    @precondition(lambda self: self.engines)
-    def forget_namespace(self, which: int) -> None:
-        engine = self.engines[which % len(self.engines)]
-        self.workplace.store.forget_namespace(engine.peer, 1)
-        assert len(engine.namespace.index) == 0
-        for number in range(2 * BRANCHES):
-            assert engine.lookup(chain_of(number, DEPTH_MAX)).dram_blocks == 0
-
-    # ---------------------------------------------------------------------- what holds
-
-    @invariant()
-    def the_books_agree(self) -> None:
-        if not hasattr(self, "workplace"):
-            return
-        store = self.workplace.store
-        store.check()
-        assert store.arena.used_bytes <= store.config.dram_bytes
-        for namespace in store.namespaces.values():
-            assert not namespace.quota_bytes or namespace.pool.size_bytes <= namespace.quota_bytes
-        copies = {copy.hold_id for copy in [*self.readers, *self.writers, *self.frozen]}
-        assert {hold.hold_id for hold in store.leases} == copies
-        assert store.leases.count(HoldKind.WRITE) == sum(1 for hold in store.leases if hold.kind is HoldKind.WRITE)
-
-    @invariant()
-    def everything_held_has_its_bytes(self) -> None:
-        """Every chain that can be read has the bytes that were committed for it, without asking for a lease."""
-        for engine in getattr(self, "engines", ()):
-            index, pool = engine.namespace.index, engine.namespace.pool
-            for number in range(2 * BRANCHES):
-                hashes = chain_of(number, DEPTH_MAX)
-                held = engine.lookup(hashes).dram_blocks
-                for block_hash, row in zip(hashes, index.rows_of(hashes[:held]).tolist(), strict=False):
-                    content = bytes(pool.memory(int(index.slot[row]), 64))
-                    assert content == self.published[engine.namespace.spec.label, block_hash]
-
-    # ---------------------------------------------------------------------- privately
-
-    def _freeze(self, is_frozen: object) -> None:
-        assert callable(is_frozen)
+    def _freeze(self, hold_ids: set[int]) -> None:
         for copying in (self.readers, self.writers):
-            self.frozen.extend(copy for copy in copying if is_frozen(copy))
-            copying[:] = [copy for copy in copying if not is_frozen(copy)]
+            self.frozen.extend(copy for copy in copying if copy.hold_id in hold_ids)
+            copying[:] = [copy for copy in copying if copy.hold_id not in hold_ids]
 
     def _generations(self, engine: Engine, slots: list[int]) -> list[int]:
-        pool = engine.namespace.pool
-        segments = dict(pool.live_segments())
-        return [int(segments[slot // 3].generations[slot % 3]) for slot in slots]
+        located = engine.namespace.pool.locate(np.array(slots, dtype=np.int32))
+        return [int(generation) for _, _, generations in located for generation in generations]
 
-    def _write(self, copy: Copying, count: int, *, only: list[int] | None = None) -> None:
-        pool = copy.engine.namespace.pool
-        for position, (block_hash, slot) in enumerate(zip(copy.hashes[:count], copy.slots[:count], strict=True)):
-            # A client does not touch what it committed: those slots are out of its hands.
-            if position not in copy.committed and (only is None or position in only):
-                pool.memory(slot, 64)[:] = content_of(block_hash, copy.writer)
-
-    def _publish(self, copy: Copying, position: int) -> None:
-        key = (copy.engine.namespace.spec.label, copy.hashes[position])
-        self.published[key] = content_of(copy.hashes[position], copy.writer)
+    def _write(self, copy: Copying, positions: Iterable[int]) -> None:
+        # A client does not touch what it committed: those slots are out of its hands.
+        for position in [position for position in positions if position not in copy.committed]:
+            copy.engine.write(np.array([copy.slots[position]], dtype=np.int32), [copy.contents[position]])
 
     def _compare(self, copy: Copying) -> None:
-        """Every block whose generation is still the lease's has the bytes that were handed out."""
-        pool = copy.engine.namespace.pool
-        now = self._generations(copy.engine, copy.slots)
-        for block_hash, slot, before, after in zip(copy.hashes, copy.slots, copy.generations, now, strict=False):
-            assert before == after, "a slot changed hands under its reader"
-            content = bytes(pool.memory(slot, 64))
-            writers = {content_of(block_hash, writer) for writer in range(1, self.writers_so_far + 1)}
-            assert content in writers
+        """A reader that has not let go finds its bytes, however late: nobody else gets the slots."""
+        assert self._generations(copy.engine, copy.slots) == copy.generations
+        assert copy.engine.read(np.array(copy.slots, dtype=np.int32)) == copy.contents
 
 
 TestStored = Stored.TestCase

@@ -110,6 +110,7 @@ class ServingLoop:
         self._dtype = layout.dtype
         self._rows = rows
         self._window_tokens = window_tokens
+        self._vocabulary = int(model.config.vocab_size)
         self._queue = ArrivalQueue(length_max=waiting_max)
         self._running: list[_Running] = []
         self._counter = ForwardCounter(model)
@@ -135,10 +136,13 @@ class ServingLoop:
         Raises:
             WindowExceeded: Prompt and output do not fit into the window.
             QueueFull: Too many requests wait.
-            ValueError: The prompt is empty, or no token is asked for.
+            ValueError: The prompt is empty or holds no token ids of this model, or no token is asked for.
         """
         if not request.tokens or request.max_new_tokens < 1:
             raise ValueError(f"request {request.request_id!r} has no prompt or asks for no token")
+        # Here, where the one who asked hears of it: inside a step it would end all others as well.
+        if not 0 <= min(request.tokens) <= max(request.tokens) < self._vocabulary:
+            raise ValueError(f"request {request.request_id!r} holds ids outside 0 to {self._vocabulary - 1}")
         needed = len(request.tokens) + request.max_new_tokens
         if needed > self._window_tokens:
             raise WindowExceeded(

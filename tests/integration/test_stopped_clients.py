@@ -1,0 +1,167 @@
+"""A client that the scheduler or a debugger stops for as long as it likes never reads or writes what is not its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.blocks import namespace
+from tests.daemons import DaemonProcess, DaemonThread
+from tests.engines import EngineFailed, EngineProcess
+from tests.integration.conftest import MakeDaemon, MakeDaemonThread, MakeEngine
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.integration
+
+LEASE_S = 0.3
+BLOCKS = 32
+ARENA_BLOCKS = 256
+OF = namespace(block_size_bytes=16_384)
+
+
+@pytest.fixture
+def daemon(make_daemon_thread: MakeDaemonThread) -> DaemonThread:
+    """An arena of 256 blocks; leases are short."""
+    return make_daemon_thread(lease_s=LEASE_S, high_watermark=1.0, low_watermark=0.9)
+
+
+def quarantined(daemon: DaemonThread) -> int:
+    return daemon.holds()[2]
+
+
+def fill(engine: EngineProcess, name: str, blocks: int) -> None:
+    """Store a chain that takes so many blocks, evicting what may be evicted; then see that it is whole."""
+    eventually(lambda: engine.do("save", name=name, blocks=blocks)["reason"] == "ok", what=f"{blocks} blocks fit")
+    assert engine.do("load", name=name, blocks=blocks) == {"blocks": blocks, "reason": "ok", "wrong": 0}
+
+
+def test_stopped_in_the_middle_of_a_save(daemon: DaemonThread, make_engine: MakeEngine) -> None:
+    stopped, other = make_engine(daemon.socket_dir, OF), make_engine(daemon.socket_dir, OF)
+    assert stopped.do("put", name="a", blocks=BLOCKS) == BLOCKS
+    stopped.do("write", fraction=0.5)
+    stopped.pause()
+    eventually(lambda: quarantined(daemon) == BLOCKS)
+    # The others go on: the same blocks, and every other slot of the arena, twice over.
+    fill(other, "a", BLOCKS)
+    fill(other, "b", ARENA_BLOCKS - BLOCKS)
+    fill(other, "c", ARENA_BLOCKS - 2 * BLOCKS)
+    fill(other, "a", BLOCKS)
+    assert other.do("save", name="d", blocks=ARENA_BLOCKS - BLOCKS + 1)["reason"] == "capacity"
+    assert quarantined(daemon) == BLOCKS
+    stopped.resume()
+    # It goes on where it was, into slots that nobody else has got.
+    stopped.do("write")
+    assert other.do("load", name="a", blocks=BLOCKS) == {"blocks": BLOCKS, "reason": "ok", "wrong": 0}
+    assert other.do("load", name="c", blocks=ARENA_BLOCKS - 2 * BLOCKS)["wrong"] == 0
+    with pytest.raises(EngineFailed, match="ReservationLost"):
+        stopped.do("commit")
+    assert quarantined(daemon) == BLOCKS
+    stopped.do("abort")
+    daemon.wait_no_holds()
+    fill(other, "e", ARENA_BLOCKS)
+    assert stopped.do("load", name="e", blocks=ARENA_BLOCKS)["wrong"] == 0
+
+
+@pytest.mark.parametrize("first", [0, BLOCKS // 2], ids=["before the first block", "half way"])
+def test_stopped_in_the_middle_of_a_load(daemon: DaemonThread, make_engine: MakeEngine, first: int) -> None:
+    stopped, other = make_engine(daemon.socket_dir, OF), make_engine(daemon.socket_dir, OF)
+    other.do("save", name="a", blocks=BLOCKS)
+    assert stopped.do("get", name="a", blocks=BLOCKS) == BLOCKS
+    stopped.pause()
+    eventually(lambda: quarantined(daemon) == BLOCKS)
+    fill(other, "b", ARENA_BLOCKS - BLOCKS)
+    fill(other, "c", ARENA_BLOCKS - BLOCKS)
+    assert other.do("forget") > 0
+    assert other.do("lookup", name="a", blocks=BLOCKS)["blocks"] == 0
+    fill(other, "d", ARENA_BLOCKS - BLOCKS)
+    stopped.resume()
+    # Forgotten by all, but not overwritten: it may finish.
+    assert set(stopped.do("read", first=first)) <= {"right", "changed"}
+    with pytest.raises(EngineFailed, match="LeaseExpired"):
+        stopped.do("renew")
+    stopped.do("release")
+    daemon.wait_no_holds()
+    fill(other, "e", ARENA_BLOCKS)
+    assert other.do("load", name="e", blocks=ARENA_BLOCKS)["wrong"] == 0
+    # After the release the views say that they are nobody's any more.
+    assert set(stopped.do("read")) == {"changed"}
+
+
+def test_stopped_at_any_moment_of_saving_and_loading(daemon: DaemonThread, make_engine: MakeEngine) -> None:
+    stopped, other = make_engine(daemon.socket_dir, OF), make_engine(daemon.socket_dir, OF)
+    chosen = random.Random(5)
+    stopped.do("run_background", name="shared", chains=12, blocks=BLOCKS)
+    for turn in range(6):
+        loads = stopped.do("background_counts")["loads"]
+        eventually(lambda l=loads: stopped.do("background_counts")["loads"] > l + chosen.randrange(1, 40))  # type: ignore[misc]  # bound now
+        stopped.pause()
+        live = daemon.holds()
+        eventually(lambda: daemon.on_loop(lambda: daemon.store.is_idle), what="what it held has expired")
+        # The same chains with the same bytes, and others in between.
+        other.do("save", name=f"shared-{turn}", blocks=BLOCKS)
+        other.do("save", name=f"own-{turn}", blocks=ARENA_BLOCKS - 2 * BLOCKS)
+        assert other.do("load", name=f"own-{turn}", blocks=ARENA_BLOCKS - 2 * BLOCKS)["wrong"] == 0
+        assert daemon.holds()[:2] == live[:2]
+        stopped.resume()
+        assert other.do("load", name=f"shared-{turn}", blocks=BLOCKS)["wrong"] == 0
+    counts = stopped.do("stop_background")
+    assert counts["failed"] == []
+    assert counts["wrong"] == 0
+    assert counts["loaded blocks"] > 0
+    daemon.wait_no_holds()
+    for number in range(12):
+        assert other.do("load", name=f"shared-{number}", blocks=BLOCKS)["wrong"] == 0
+
+
+def stop_gracefully(daemon: DaemonProcess) -> None:
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("end", [stop_gracefully, DaemonProcess.kill], ids=["SIGTERM", "SIGKILL"])
+def test_stopped_in_the_middle_of_a_load_while_the_daemon_goes_away(
+    make_daemon: MakeDaemon, make_engine: MakeEngine, end: Callable[[DaemonProcess], None]
+) -> None:
+    daemon = make_daemon(lease_s=LEASE_S, drain_s=2)
+    stopped, other = make_engine(daemon.socket_dir, OF), make_engine(daemon.socket_dir, OF)
+    other.do("save", name="a", blocks=BLOCKS)
+    assert stopped.do("get", name="a", blocks=BLOCKS) == BLOCKS
+    stopped.pause()
+    end(daemon)
+    daemon.restart()
+    assert other.do("wait_attached")
+    fill(other, "b", BLOCKS)
+    stopped.resume()
+    # The old daemon's memory may be gone under its mapping; then it must not look like blocks of zeros.
+    assert set(stopped.do("read")) <= {"right", "changed"}
+    stopped.do("release")
+    assert stopped.do("wait_attached")
+    assert stopped.do("load", name="b", blocks=BLOCKS) == {"blocks": BLOCKS, "reason": "ok", "wrong": 0}
+    assert not daemon.errors
+
+
+@pytest.mark.parametrize("end", [stop_gracefully, DaemonProcess.kill], ids=["SIGTERM", "SIGKILL"])
+def test_stopped_in_the_middle_of_a_save_while_the_daemon_goes_away(
+    make_daemon: MakeDaemon, make_engine: MakeEngine, end: Callable[[DaemonProcess], None]
+) -> None:
+    daemon = make_daemon(lease_s=LEASE_S, drain_s=2)
+    stopped, other = make_engine(daemon.socket_dir, OF), make_engine(daemon.socket_dir, OF)
+    assert stopped.do("put", name="a", blocks=BLOCKS) == BLOCKS
+    stopped.do("write", fraction=0.5)
+    stopped.pause()
+    end(daemon)
+    daemon.restart()
+    assert other.do("wait_attached")
+    fill(other, "a", BLOCKS)
+    fill(other, "b", ARENA_BLOCKS - BLOCKS)
+    stopped.resume()
+    stopped.do("write")
+    with pytest.raises(EngineFailed, match=r"DaemonUnreachable|Unauthenticated|LeaseUnknown"):
+        stopped.do("commit")
+    stopped.do("abort")
+    assert other.do("load", name="a", blocks=BLOCKS)["wrong"] == 0
+    assert other.do("load", name="b", blocks=ARENA_BLOCKS - BLOCKS)["wrong"] == 0
+    assert stopped.do("wait_attached")
+    assert stopped.do("load", name="b", blocks=ARENA_BLOCKS - BLOCKS)["wrong"] == 0
+    assert not daemon.errors
