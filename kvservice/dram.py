@@ -62,6 +62,8 @@ class Segment:
 
     def close(self) -> None:
         """Give the memory back at once, also where a client still maps it."""
+        # A reader in the middle of a copy would find zeros from now on: this tells it that they are not its block.
+        self.generations += np.uint64(1)
         _libc.fallocate(self.memory_fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, 0, self.size_bytes)
         self.memory.close()
         os.close(self.memory_fd)

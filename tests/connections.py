@@ -198,6 +198,10 @@ class Connection:
     def ping(self) -> pb.AttachResponse:
         """Send a ping; the next message of the stream."""
         self._outgoing.put(pb.AttachRequest(ping=pb.Ping()))
+        return self.next_message()
+
+    def next_message(self) -> pb.AttachResponse:
+        """Wait for the next message of the stream."""
         response: pb.AttachResponse = next(self.stream)
         return response
 

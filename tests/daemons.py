@@ -224,6 +224,7 @@ class DaemonThread:
         values = SMALL | {"http_port": -1} | knobs
         self.config = Config(socket_dir=self.socket_dir, **values)  # type: ignore[arg-type]  # checked when made
         self.daemon: Daemon
+        self.tasks_killed: set[str] = set()
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
         self._error: BaseException | None = None
@@ -263,14 +264,21 @@ class DaemonThread:
 
         return asyncio.run_coroutine_threadsafe(call(), self._loop).result(DEADLINE_S)
 
-    def start_drain(self) -> None:
-        """What SIGTERM does, without the end."""
-        asyncio.run_coroutine_threadsafe(self.daemon.drain(), self._loop)
+    def drain(self) -> None:
+        """What SIGTERM does, without the end; wait until it is done."""
+        asyncio.run_coroutine_threadsafe(self.daemon.drain(), self._loop).result(DEADLINE_S)
 
     def check(self) -> None:
-        """Assert every invariant of the store, and that no background task died."""
+        """Assert every invariant of the store, and that no background task died that was not meant to."""
         self.on_loop(self.store.check)
-        assert not self.daemon.tasks.dead
+        assert set(self.daemon.tasks.dead) <= self.tasks_killed
+
+    def kill_task(self, name: str) -> None:
+        """End a background task as a bug in it would."""
+        self.tasks_killed.add(name)
+        (task,) = [task for task in asyncio.all_tasks(self._loop) if task.get_name() == name]
+        self._loop.call_soon_threadsafe(task.cancel)
+        eventually(lambda: name in self.daemon.tasks.dead)
 
     def holds(self) -> tuple[int, int, int]:
         """(leases, reservations, quarantined slots)."""

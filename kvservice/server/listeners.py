@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,12 @@ def listen_tls(server: grpc.aio.Server, config: Config) -> int:
     """Listen on `tcp_address` for clients whose certificate the CA signed; returns the port.
 
     Raises:
-        StartupError: a file cannot be read, or the address cannot be bound.
+        StartupError: a file cannot be read or is not what it should be, or the address cannot be bound.
     """
     key, certificate, authority = (
         _read(path) for path in (config.tls_key_file, config.tls_cert_file, config.tls_client_ca_file)
     )
+    _require_usable(config)
     credentials = grpc.ssl_server_credentials(
         [(key, certificate)], root_certificates=authority, require_client_auth=True
     )
@@ -116,3 +118,22 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise StartupError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _require_usable(config: Config) -> None:
+    """Name the file that is wrong: gRPC says only that it cannot bind the address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # An empty password, so that an encrypted key is an error and not a prompt.
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file, password="")
+    except ssl.SSLError as error:
+        raise StartupError(
+            f"tls_cert_file {config.tls_cert_file} and tls_key_file {config.tls_key_file} are not a PEM certificate "
+            f"and its unencrypted key: {error}"
+        ) from error
+    try:
+        context.load_verify_locations(config.tls_client_ca_file)
+    except ssl.SSLError as error:
+        raise StartupError(
+            f"tls_client_ca_file {config.tls_client_ca_file} holds no PEM certificate: {error}"
+        ) from error

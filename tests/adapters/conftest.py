@@ -1,10 +1,13 @@
-"""Fixtures of the adapters' tests: a tiny model, a daemon process."""
+"""conftest: tiny models, and daemons with room for what they save."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,46 +15,76 @@ import pytest
 # another process (the daemon, a second engine) wants one of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from kvservice.demo.model import ModelShape, write_model
-from kvservice.demo.processes import DaemonProcess
+from tests.daemons import MIB, DaemonProcess
 
 TINY = ModelShape(
     layers=3, hidden=128, intermediate=256, heads=4, kv_heads=2, head_dim=32, vocabulary=512, window_tokens=2048
 )
-DRAM_BYTES = 256 << 20
-READY_TIMEOUT_S = 30.0
+# Every test has a namespace of its own, and each owns at least a segment.
+KNOBS: dict[str, Any] = {"dram_bytes": 512 * MIB, "dram_segment_bytes": 4 * MIB}
 
-StartDaemon = Callable[[Path], DaemonProcess]
+LoadModel = Callable[[torch.dtype], PreTrainedModel]
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk."""
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, TINY)
     return folder
 
 
-@pytest.fixture(scope="module")
-def socket_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Sockets of a daemon that serves the whole module; tests keep apart by a salt of their own."""
-    with DaemonProcess(tmp_path_factory.mktemp("d"), dram_bytes=DRAM_BYTES) as daemon:
-        daemon.wait_ready(READY_TIMEOUT_S)
-        yield daemon.socket_dir
-        daemon.stop()
+@pytest.fixture(scope="session")
+def load_model(model_dir: Path) -> LoadModel:
+    """Call it with a dtype for the tiny Llama; one per dtype is loaded and shared."""
+    loaded: dict[torch.dtype, PreTrainedModel] = {}
+
+    def load(dtype: torch.dtype) -> PreTrainedModel:
+        if dtype not in loaded:
+            loaded[dtype] = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        return loaded[dtype]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def model(load_model: LoadModel) -> PreTrainedModel:
+    """The tiny Llama in float32."""
+    return load_model(torch.float32)
 
 
 @pytest.fixture
-def start_daemon() -> Iterator[StartDaemon]:
-    """Start a daemon whose sockets are in folder/"sockets"; all are ended with the test."""
-    started: list[DaemonProcess] = []
+def salt(request: pytest.FixtureRequest) -> str:
+    """Of this test's namespace: nothing that another test saved is found."""
+    return str(request.node.nodeid)
 
-    def start(folder: Path) -> DaemonProcess:
-        daemon = DaemonProcess(folder, dram_bytes=DRAM_BYTES)
-        started.append(daemon)
-        daemon.wait_ready(READY_TIMEOUT_S)
-        return daemon
 
-    yield start
-    for daemon in started:
-        with daemon:
-            pass
+@pytest.fixture(scope="module")
+def socket_dir() -> Iterator[Path]:
+    """Of a daemon that serves the whole module."""
+    with tempfile.TemporaryDirectory(prefix="kvs-") as folder, DaemonProcess(Path(folder) / "s", **KNOBS) as daemon:
+        yield Path(daemon.socket_dir)
+        assert daemon.stop() == 0
+        assert daemon.errors == []
+
+
+@pytest.fixture
+def absent_daemon() -> Iterator[DaemonProcess]:
+    """A daemon that is not started yet; ended with the test."""
+    folder = tempfile.mkdtemp(prefix="kvs-")
+    daemon = DaemonProcess(Path(folder) / "s", **KNOBS)
+    yield daemon
+    if daemon.is_running:
+        daemon.kill()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def daemon(absent_daemon: DaemonProcess) -> DaemonProcess:
+    """A daemon of the test's own, to be killed and restarted."""
+    absent_daemon.start()
+    return absent_daemon

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kvservice_client as kv
-from kvservice.demo.processes import DaemonProcess
 from kvservice_adapters.serving import (
     ArrivalQueue,
     FinishReason,
@@ -27,18 +24,12 @@ from kvservice_adapters.serving import (
     WindowExceeded,
 )
 from kvservice_adapters.transformers import AdapterOptions, DrainOutcome, TransformersAdapter, serve_model
+from tests.daemons import DaemonProcess
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(120)]
 
 TIMEOUT_S = 30.0
 TOKENS_PER_BLOCK = 16
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    assert isinstance(loaded, PreTrainedModel)
-    return loaded
 
 
 def draw(seed: int, tokens: int) -> tuple[int, ...]:
@@ -163,11 +154,10 @@ def test_zeroed_blocks_give_other_tokens(model: PreTrainedModel, socket_dir: Pat
 
 
 def test_a_daemon_killed_while_conversations_run_changes_no_token(
-    model: PreTrainedModel, tmp_path: Path, start_daemon: Callable[[Path], DaemonProcess]
+    model: PreTrainedModel, daemon: DaemonProcess
 ) -> None:
     asked = requests([200, 90, 150])
     recomputed = run(ServingLoop(model, window_tokens=800), asked)
-    daemon = start_daemon(tmp_path)
     namespace = serve_model(model, weights_identity="seeded").namespace
     with (
         kv.attach(namespace, socket_dir=str(daemon.socket_dir)) as client,
@@ -177,12 +167,10 @@ def test_a_daemon_killed_while_conversations_run_changes_no_token(
         for request in asked:
             loop.submit(request)
         finished = loop.step().finished
-        os.kill(daemon.process_id, signal.SIGKILL)
+        daemon.kill()
         finished += loop.run_until_idle()
         assert {r.request_id: r.tokens for r in finished} == {r.request_id: r.tokens for r in recomputed.values()}
-        with daemon:
-            pass  # reap it, so that its sockets are free
-        start_daemon(tmp_path)
+        daemon.restart()
         assert client.wait_attached(TIMEOUT_S), "the client did not attach to the new daemon"
         again = run(loop, asked)
         assert loop.drain(TIMEOUT_S) is DrainOutcome.DRAINED
@@ -193,21 +181,18 @@ def test_a_daemon_killed_while_conversations_run_changes_no_token(
         assert resumed[request.request_id].computed_tokens <= TOKENS_PER_BLOCK
 
 
-def test_a_daemon_that_hangs_costs_seconds_at_most(
-    model: PreTrainedModel, tmp_path: Path, start_daemon: Callable[[Path], DaemonProcess]
-) -> None:
+def test_a_daemon_that_hangs_costs_seconds_at_most(model: PreTrainedModel, daemon: DaemonProcess) -> None:
     (asked,) = requests([200])
-    daemon = start_daemon(tmp_path)
     options = AdapterOptions(load_deadline_s=1.0, save_deadline_s=1.0)
     with TransformersAdapter(model, daemon.socket_dir, weights_identity="seeded", options=options) as adapter:
         loop = ServingLoop(model, adapter, window_tokens=800)
         recomputed = run(loop, [asked])["r0"]
         assert loop.drain(TIMEOUT_S) is DrainOutcome.DRAINED
-        os.kill(daemon.process_id, signal.SIGSTOP)
+        daemon.pause()
         try:
             hung = run(loop, [asked])["r0"]
         finally:
-            os.kill(daemon.process_id, signal.SIGCONT)
+            daemon.resume()
     assert hung.tokens == recomputed.tokens
     assert hung.reused_tokens == 0
     assert hung.ttft_s < 5.0
