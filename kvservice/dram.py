@@ -252,8 +252,8 @@ class SlotPool:
         slots = np.array(self._free[: -count - 1 : -1], dtype=np.int32)
         del self._free[-count:]
         self.holders[slots] = 1
-        for position, segment in self.live_segments():
-            segment.generations[self._places(slots, position)] += np.uint64(1)
+        for segment, places, generations in self.locate(slots):
+            segment.generations[places] = generations + np.uint64(1)
         return slots
 
     def hold(self, slots: Slots) -> None:
@@ -275,14 +275,16 @@ class SlotPool:
     def locate(self, slots: Slots) -> list[tuple[Segment, np.ndarray, np.ndarray]]:
         """Runs of slots in one segment: (segment, places in it, their generations), in order."""
         positions = slots // self.slots_per_segment
+        if len(slots) and (positions == positions[0]).all():  # nearly always, and much faster
+            return [self._run(slots)]
         cuts = np.flatnonzero(np.diff(positions)) + 1
-        runs = []
-        for run in np.split(slots, cuts):
-            segment = self.segments[int(run[0]) // self.slots_per_segment]
-            assert segment is not None, f"slot {run[0]} has no segment"
-            places = run % self.slots_per_segment
-            runs.append((segment, places, segment.generations[places]))
-        return runs
+        return [self._run(run) for run in np.split(slots, cuts) if len(run)]
+
+    def _run(self, slots: Slots) -> tuple[Segment, np.ndarray, np.ndarray]:
+        segment = self.segments[int(slots[0]) // self.slots_per_segment]
+        assert segment is not None, f"slot {slots[0]} has no segment"
+        places = slots % self.slots_per_segment
+        return segment, places, segment.generations[places]
 
     def memory(self, slot: int, size_bytes: int) -> memoryview:
         """The bytes of one slot."""
@@ -304,8 +306,3 @@ class SlotPool:
         assert (self.holders >= 0).all(), "a slot has fewer than no holders"
         assert not (free & in_use).any(), "a slot is free and in use"
         assert ((free | in_use) == exists).all(), "a slot is neither free nor in use: leaked"
-
-    def _places(self, slots: Slots, position: int) -> np.ndarray:
-        mine = slots[slots // self.slots_per_segment == position]
-        places: np.ndarray = mine % self.slots_per_segment
-        return places

@@ -73,9 +73,7 @@ class Authority:
             ),
         )
 
-    def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, days: int = 1
-    ) -> x509.CertificateBuilder:
+    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, days: int = 1) -> x509.CertificateBuilder:
         now = dt.datetime.now(dt.UTC)
         return (
             x509.CertificateBuilder()

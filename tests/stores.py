@@ -270,7 +270,7 @@ def _namespace_snapshot(namespace: Namespace) -> dict[str, Any]:
     return {
         "blocks": {
             index.hash_of(row): (
-                State(int(index.state[row])),
+                int(index.state[row]),
                 int(index.slot[row]),
                 index.hash_of(int(index.parent[row])) if index.parent[row] != NO_ROW else b"",
                 int(index.uses[row]),

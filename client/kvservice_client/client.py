@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvservice_client.attachment import Attachment
-from kvservice_client.errors import InvalidRequest, KVServiceError
+from kvservice_client.errors import CapacityExhausted, InvalidRequest, KVServiceError
 from kvservice_client.holds import Lease, Reservation
 from kvservice_client.link import Link
 from kvservice_client.memory import Buffers, Copy, ThreadedCopier
@@ -32,7 +32,9 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _CALL_TIMEOUT_S = 10.0
 _LOOKUP_TIMEOUT_S = 2.0
-_SAVE_PIECE_BYTES = 256 * 1024 * 1024  # reservations stay short, and a full arena still takes a prefix
+# Large enough that memmove leaves the caches alone (glibc does so above 190 MB): twice as fast.
+_SAVE_PIECE_BYTES = 1024 * 1024 * 1024
+_SAVE_PIECE_SHRINK = 8  # a full arena still takes a prefix, in smaller pieces
 
 _MISS_REASONS: dict[int, Reason] = {
     pb.MISS_REASON_UNSPECIFIED: Reason.OK,
@@ -210,25 +212,31 @@ class Client:
         at_once = max(1, _SAVE_PIECE_BYTES // size)
         result = SaveResult()
         ends_at_s = time.monotonic() + deadline_s
+        start = 0
         with Buffers(source, blocks=len(hashes), block_size_bytes=size, writable=False) as buffers:
-            for start in range(0, len(hashes), at_once):
-                piece = hashes[start : start + at_once]
-                before = hashes[start - 1] if start else parent
+            while start < len(hashes):
                 try:
+                    piece = hashes[start : start + min(at_once, self._hashes_per_call_max())]
                     with self.put(
                         piece,
-                        parent=before,
+                        parent=hashes[start - 1] if start else parent,
                         session_id=session_id,
                         request_id=request_id,
                         deadline_s=ends_at_s - time.monotonic(),
                     ) as reservation:
-                        result = _add(result, self._fill(reservation, buffers.addresses[start:], ends_at_s))
+                        result = result.plus(self._fill(reservation, buffers.addresses[start:], ends_at_s))
                 except InvalidRequest:
                     raise
+                except CapacityExhausted:
+                    if len(piece) == 1:
+                        return result.with_rest_refused(len(hashes), Reason.CAPACITY)
+                    at_once = max(1, len(piece) // _SAVE_PIECE_SHRINK)
+                    continue
                 except KVServiceError as error:
-                    return _refuse_rest(result, len(hashes), self._reason(error))
+                    return result.with_rest_refused(len(hashes), self._reason(error))
                 if reservation.refused:
-                    return _refuse_rest(result, len(hashes), Reason.PARENT_MISSING)
+                    return result.with_rest_refused(len(hashes), Reason.PARENT_MISSING)
+                start += len(piece)
         return result
 
     def prefetch(self, hashes: Sequence[bytes], *, session_id: str = "", request_id: str = "") -> PrefetchResult:
@@ -376,19 +384,8 @@ class Client:
     def _namespace_id(self, link: Link) -> int:
         return link.welcome.namespace_ids[0]
 
+    def _hashes_per_call_max(self) -> int:
+        return int(self._attachment.link().welcome.limits.hashes_per_call_max)
+
     def _reason(self, error: KVServiceError) -> Reason:
         return Reason.CLOSED if self.status is Status.CLOSED else reason_of(error)
-
-
-def _add(one: SaveResult, other: SaveResult) -> SaveResult:
-    return SaveResult(
-        saved=one.saved + other.saved,
-        held=one.held + other.held,
-        being_written=one.being_written + other.being_written,
-        refused=one.refused + other.refused,
-    )
-
-
-def _refuse_rest(result: SaveResult, blocks: int, reason: Reason) -> SaveResult:
-    refused = blocks - result.saved - result.held - result.being_written
-    return SaveResult(result.saved, result.held, result.being_written, refused, reason)

@@ -92,6 +92,20 @@ class SaveResult:
     refused: int = 0
     reason: Reason = Reason.OK
 
+    def plus(self, other: SaveResult) -> SaveResult:
+        """Both together."""
+        return SaveResult(
+            saved=self.saved + other.saved,
+            held=self.held + other.held,
+            being_written=self.being_written + other.being_written,
+            refused=self.refused + other.refused,
+        )
+
+    def with_rest_refused(self, blocks: int, reason: Reason) -> SaveResult:
+        """This, and whatever is missing to `blocks` refused for that reason."""
+        refused = blocks - self.saved - self.held - self.being_written
+        return SaveResult(self.saved, self.held, self.being_written, refused, reason)
+
 
 @dataclass(frozen=True, slots=True)
 class PrefetchResult:

@@ -90,8 +90,8 @@ class Config:
         256 * MIB,
         DRAM,
         "Memory moves between namespaces in pieces of this size. Larger: fewer descriptors and mappings. Smaller: less "
-        "is stranded in a namespace that is little used. Left at its default it is lowered to dram_bytes where that is "
-        "smaller.",
+        "is stranded in a namespace that is little used. Left at its default it is lowered to an eighth of dram_bytes "
+        "where that is smaller.",
         at_least=4 * KIB,
     )
     dram_grow_ahead_bytes: int = knob(

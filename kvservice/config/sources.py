@@ -12,6 +12,9 @@ from kvservice.config.fields import Knob, nearest_name
 from kvservice.config.values import Kind, MalformedError, NamespaceRule, format_size, from_text, from_toml, refusal
 from kvservice.errors import ConfigError
 
+SEGMENTS_AT_LEAST = 8
+"""The default segment size leaves the arena at least so many."""
+
 DEFAULT = "default"
 PREFIX = "KVSERVICE_"
 CONFIG_VARIABLE = "KVSERVICE_CONFIG"
@@ -149,6 +152,7 @@ def _fill(knobs: Mapping[str, Knob], found: Found, rules: Mapping[str, dict[str,
     dram_bytes, segment_bytes = effective("dram_bytes"), effective("dram_segment_bytes")
     assert isinstance(dram_bytes, int)
     assert isinstance(segment_bytes, int)
-    at_least = knobs["dram_segment_bytes"].at_least
-    if "dram_segment_bytes" not in found.values and at_least <= dram_bytes < segment_bytes:
-        found.put("dram_segment_bytes", dram_bytes, f"{DEFAULT}, lowered to dram_bytes")
+    # Memory moves between namespaces by segments: a few large ones could not be shared.
+    fair_bytes = int(max(knobs["dram_segment_bytes"].at_least, dram_bytes // SEGMENTS_AT_LEAST))
+    if "dram_segment_bytes" not in found.values and fair_bytes < segment_bytes:
+        found.put("dram_segment_bytes", fair_bytes, f"{DEFAULT}, lowered to an eighth of dram_bytes")

@@ -91,5 +91,6 @@ class Holds:
 
     def _drop_unwritten(self, hold: Hold) -> None:
         namespace = self._namespaces[hold.namespace]
-        rows = namespace.pool.row_of[hold.slots]
+        # The deepest first: each of these is dropped for its own reason, what others put behind lost its prefix.
+        rows = namespace.pool.row_of[hold.slots][::-1]
         namespace.drop_subtrees(rows[rows != NO_ROW].tolist(), DropReason.ABORTED, self._clock())

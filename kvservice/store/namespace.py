@@ -147,9 +147,10 @@ class Namespace:
     def evictable_slots(self, enough: int) -> int:
         """How many slots eviction can free now; exact unless it is clearly at least `enough`.
 
-        What stands in front of a held block cannot leave either.
+        What stands in front of a held block cannot leave either; what is not resident yet leaves
+        with its writer only.
         """
-        held = self.pool.holders > 0
+        held = (self.pool.holders > 0) | (self.index.state[self.pool.row_of] != State.RESIDENT)
         owned = self.pool.row_of != NO_ROW
         free_standing = int(np.count_nonzero(owned & ~held))
         held_rows = self.pool.row_of[owned & held]

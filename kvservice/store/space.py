@@ -65,6 +65,8 @@ class Space:
         """
         if await self.grow(namespace):
             return
+        if namespace.is_retired:
+            raise CapacityExhausted("the namespace was dropped meanwhile: attach again")
         missing = slots_wanted - namespace.pool.free_slots
         if namespace.pool.size_bytes < self._share_bytes() and not self._is_at_quota(namespace):
             donor, position = self._segment_to_reclaim(namespace)
@@ -132,8 +134,9 @@ class Space:
 
     async def release_all(self, namespace: Namespace) -> None:
         """Give every segment back; all slots must be free."""
-        for position, _ in namespace.pool.live_segments():
-            await self._give_back(namespace, namespace.pool.drop(position))
+        segments = [namespace.pool.drop(position) for position, _ in namespace.pool.live_segments()]
+        # All of them even if the caller is cancelled meanwhile: nobody else knows them any more.
+        await asyncio.shield(asyncio.gather(*(self._give_back(namespace, segment) for segment in segments)))
 
     def _keep_watermarks(self, namespace: Namespace) -> None:
         # Only memory that cannot grow is kept partly free: evicting earlier would lose hits.

@@ -209,7 +209,7 @@ def test_namespace_rules_take_the_first_match_and_fill_gaps_from_the_defaults(wr
 
 def test_a_small_arena_lowers_the_default_segment_but_not_a_chosen_one() -> None:
     config = load({"dram_bytes": "64MiB"})
-    assert config.dram_segment_bytes == 64 << 20
+    assert config.dram_segment_bytes == 8 << 20
     assert "lowered" in config.origin("dram_segment_bytes")
     with pytest.raises(ConfigError, match=r"dram_segment_bytes .*128MiB is more than dram_bytes \(64MiB\)"):
         load({"dram_bytes": "64MiB", "dram_segment_bytes": "128MiB"})

@@ -45,7 +45,7 @@ class Model:
 
     def __init__(self) -> None:
         self.parent: dict[BlockHash, BlockHash] = {}
-        self.state: dict[BlockHash, State] = {}
+        self.state: dict[BlockHash, int] = {}
         self.slot: dict[BlockHash, int] = {}
         self._next = 1
 
@@ -68,13 +68,13 @@ class Model:
             changed = False
             for block_hash, state in self.state.items():
                 parent = self.parent[block_hash]
-                if state is State.WRITTEN and (not parent or self.state[parent] is State.RESIDENT):
+                if state == State.WRITTEN and (not parent or self.state[parent] == State.RESIDENT):
                     self.state[block_hash] = State.RESIDENT
                     changed = True
         return self.held() - before
 
     def held(self) -> set[BlockHash]:
-        return {block_hash for block_hash, state in self.state.items() if state is State.RESIDENT}
+        return {block_hash for block_hash, state in self.state.items() if state == State.RESIDENT}
 
     def leaves(self) -> list[BlockHash]:
         inner = set(self.parent.values())
@@ -93,7 +93,7 @@ class Model:
 
     def hit_length(self, hashes: Sequence[BlockHash]) -> int:
         for position, block_hash in enumerate(hashes):
-            if self.state.get(block_hash) is not State.RESIDENT:
+            if self.state.get(block_hash) != State.RESIDENT:
                 return position
         return len(hashes)
 
@@ -119,10 +119,10 @@ def apply(index: Index, model: Model, kind: str, choice: int, argument: int) -> 
         index.insert(index.row_of(parent) if parent else NO_ROW, hashes, of_slots)
         model.insert(parent, hashes, of_slots)
     elif kind == "publish":
-        reserved = [block_hash for block_hash, state in model.state.items() if state is State.RESERVED]
+        reserved = [block_hash for block_hash, state in model.state.items() if state == State.RESERVED]
         if reserved:
             # Some blocks of one chain, in chain order: what a Commit may name.
-            path = [at for at in model.path(reserved[choice % len(reserved)]) if model.state[at] is State.RESERVED]
+            path = [at for at in model.path(reserved[choice % len(reserved)]) if model.state[at] == State.RESERVED]
             chosen = [at for bit, at in enumerate(path) if argument >> (bit % 5) & 1] or path
             became = index.publish(np.array([index.row_of(at) for at in chosen], dtype=np.int32), 2.0)
             assert {index.hash_of(row) for row in became.tolist()} == model.publish(chosen)
