@@ -186,14 +186,25 @@ class Connection:
         self._outgoing = queue.SimpleQueue()
         for request in first:
             self._outgoing.put(request)
-        self.stream = self.stub.Attach(
-            _until_none(self._outgoing), metadata=((TOKEN_KEY, self.token),) if self.token else ()
-        )
+        self.stream = self._open(self._outgoing)
         try:
             response: pb.AttachResponse = next(self.stream)
         except grpc.RpcError as error:
             raise call_failed(error) from None
         return response.welcome
+
+    def start_stream(self, namespace: pb.Namespace) -> Any:
+        """Say hello on an Attach stream of its own, and wait for nothing; the call."""
+        message = pb.Hello(protocol_version_min=1, protocol_version_max=1, namespaces=[namespace])
+        outgoing: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
+        outgoing.put(pb.AttachRequest(hello=message))
+        call = self._open(outgoing)
+        call.add_callback(lambda: outgoing.put(None))
+        return call
+
+    def _open(self, outgoing: queue.SimpleQueue[pb.AttachRequest | None]) -> Any:
+        metadata = ((TOKEN_KEY, self.token),) if self.token else ()
+        return self.stub.Attach(_until_none(outgoing), metadata=metadata)
 
     def ping(self) -> pb.AttachResponse:
         """Send a ping; the next message of the stream."""

@@ -110,6 +110,10 @@ class EngineProcess:
         described = dataclasses.asdict(namespace) | {"fingerprint": namespace.fingerprint.hex()}
         return str(self.do("attach", socket_dir=socket_dir, namespace=described, timeout_s=timeout_s))
 
+    def wait_served(self) -> None:
+        """Wait until a call reaches a daemon; being attached may still mean to the one that has just died."""
+        eventually(lambda: self.do("lookup", name="nobody has this", blocks=1)["reason"] == "not_held")
+
     # ----------------------------------------------------------------- signals
 
     def kill(self) -> None:

@@ -101,14 +101,14 @@ def token_of(context: Context) -> bytes:
 
 def unary(
     calls: Calls, method: str, answer: Callable[[Request, Context], Response | Awaitable[Response]]
-) -> Callable[[Request, Context], Coroutine[Any, Any, Response]]:
+) -> Callable[[Request | Malformed, Context], Coroutine[Any, Any, Response]]:
     """Wrap the handler of a unary RPC, a function or a coroutine function, with timing and the table of errors."""
     waits = inspect.iscoroutinefunction(answer)
 
-    async def handle(request: Request, context: Context) -> Response:
+    async def handle(request: Request | Malformed, context: Context) -> Response:
         started_s = time.perf_counter()
         try:
-            answered: Any = answer(request, context)
+            answered: Any = answer(well_formed(request), context)
             response: Response = await answered if waits else answered
         except Exception as error:  # noqa: BLE001  # the one boundary where everything must become a status
             code, detail = error_detail(error, where=method)

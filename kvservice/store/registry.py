@@ -71,7 +71,7 @@ class Registry:
         return existing
 
     async def _make_namespace(self, spec: NamespaceSpec) -> Namespace:
-        while len(self.namespaces) >= self.config.namespaces_max:
+        while spec.key not in self.namespaces and len(self.namespaces) >= self.config.namespaces_max:
             await self._drop_coldest_namespace()
         if spec.key in self.namespaces:
             return self.namespaces[spec.key]  # made by another attachment meanwhile

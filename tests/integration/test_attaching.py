@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from hashlib import sha256
 
 import pytest
@@ -162,6 +163,30 @@ def test_a_second_attachment_of_the_same_process_means_what_it_says(
     # The process is the same, so what it held before waits for it still.
     assert connection.abort(kept).expired
     assert daemon_thread.holds() == (0, 0, 0)
+
+
+def test_an_attachment_given_up_at_any_moment_is_over(
+    daemon_thread: DaemonThread, make_connection: MakeConnection
+) -> None:
+    connection = make_connection(daemon_thread.socket_dir)
+    for pause_s in range(40):
+        stream = connection.start_stream(good_but(fingerprint=pause_s.to_bytes(16, "big"), label=f"n{pause_s}"))
+        # From before the daemon has heard of it until after it has answered.
+        threading.Event().wait(pause_s / 10_000)
+        stream.cancel()
+    eventually(lambda: daemon_thread.on_loop(lambda: daemon_thread.store.instances.attached) == 0)
+    assert connection.attach_again(namespace("at last")).namespace_ids == [1]
+    connection.save(chain("a", 2))
+    daemon_thread.check()
+
+
+def test_a_stream_that_says_nothing_is_ended(
+    daemon_thread: DaemonThread, make_connection: MakeConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvservice.service.control._HELLO_TIMEOUT_S", 0.1)
+    connection = make_connection(daemon_thread.socket_dir)
+    refused(connection.open_stream, *INVALID, field="hello")
+    connection.hello([GOOD])
 
 
 def test_instances_connections_and_namespaces_are_bounded(

@@ -141,20 +141,23 @@ def test_a_save_into_a_full_arena_is_an_outcome_and_not_an_error(
     assert client.load(chain("b", 3), bytearray(len(whole))).blocks == 3
 
 
-def test_memory_that_the_system_does_not_give_is_a_refusal_and_not_the_end(
+def test_memory_that_the_system_does_not_give_is_made_do_without(
     make_daemon: MakeDaemon, make_connection: MakeConnection
 ) -> None:
-    daemon = make_daemon(dram_grow_ahead_bytes=2 * MIB)
+    daemon = make_daemon(dram_segment_bytes=1 * MIB, dram_grow_ahead_bytes=2 * MIB)
     connection = make_connection(daemon.socket_dir, OF)
+    had_blocks = 2 * MIB // BLOCK_BYTES
     eventually(lambda: connection.call("Stats", pb.StatsRequest()).tiers[0].used_bytes >= 2 * MIB)
     # From now on the kernel refuses files of more than a page to this process, memfds included.
     daemon.process.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
-    connection.save(chain("a", MIB // BLOCK_BYTES))
-    refused(lambda: connection.put(chain("b", ARENA_BLOCKS)), *CAPACITY)
-    newcomer = make_connection(daemon.socket_dir)
-    refused(lambda: newcomer.attach(namespace("another")), *CAPACITY, says="lower dram_bytes or raise the memory limit")
-    # Growing ahead of need fails again and again now; that is no reason to be unhealthy.
-    daemon.wait_event("arena_cannot_grow")
+    connection.save(chain("a", had_blocks // 2))
+    # Growing ahead of need fails now; that is no reason to be unhealthy, nor to refuse what eviction makes place for.
+    daemon.wait_event("system_refused_memory")
+    eventually(lambda: "kvservice_unchecksummed_blocks 0.0" in daemon.get("/metrics")[1])
+    connection.save(chain("b", had_blocks))
+    assert connection.lookup(chain("b", had_blocks)).hit_blocks == had_blocks
+    assert connection.lookup(chain("a", 1)).hit_blocks == 0
+    refused(lambda: connection.put(chain("c", ARENA_BLOCKS)), *CAPACITY)
+    refused(lambda: make_connection(daemon.socket_dir).attach(namespace("another")), *CAPACITY)
     assert daemon.get("/livez") == (200, "ok\n")
-    assert connection.lookup(chain("a", MIB // BLOCK_BYTES)).hit_blocks == MIB // BLOCK_BYTES
     assert not daemon.errors

@@ -66,7 +66,7 @@ def test_gone_under_load_and_back(make_daemon: MakeDaemon, make_engine: MakeEngi
             grows(engine, "load unavailable")
         daemon.restart()
         for engine in engines:
-            assert engine.do("wait_attached")
+            engine.wait_served()
             grows(engine, "loaded blocks")
         # The new daemon started empty: they saved before they loaded.
         assert sum(counts(engine, "saved blocks") for engine in engines) > saved
@@ -90,7 +90,7 @@ def test_killed_while_a_client_holds_what_it_gave(make_daemon: MakeDaemon, make_
     assert engine.do("read") == ["right"] * 20
     engine.do("write")
     daemon.restart()
-    assert engine.do("wait_attached")
+    engine.wait_served()
     assert engine.do("read") == ["right"] * 20
     engine.do("release")
     engine.do("abort")

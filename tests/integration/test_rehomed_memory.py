@@ -119,7 +119,7 @@ def test_what_is_leased_or_being_written_is_not_taken(daemon_thread: DaemonThrea
     assert len(loser.mapped_segments()) == 4
     assert loser.do("read") == ["right"] * ARENA_BLOCKS
     loser.do("release")
-    assert newcomer.do("wait_attached")
+    newcomer.wait_served()
     fill(newcomer, "y", SEGMENT_BLOCKS)
     assert loser.do("put", name="z", blocks=SEGMENT_BLOCKS) == SEGMENT_BLOCKS
     loser.do("write")

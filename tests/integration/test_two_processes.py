@@ -96,6 +96,6 @@ def test_a_client_in_the_same_process_as_no_daemon_gets_misses_until_there_is_on
     assert engine.do("load", name="a", blocks=2) == {"blocks": 0, "reason": "unavailable", "wrong": 0}
     assert engine.do("save", name="a", blocks=2)["reason"] == "unavailable"
     daemon.restart()
-    assert engine.do("wait_attached")
+    engine.wait_served()
     assert engine.do("save", name="a", blocks=2)["saved"] == 2
     assert engine.do("load", name="a", blocks=2)["wrong"] == 0

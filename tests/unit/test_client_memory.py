@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvservice_client.errors import InvalidRequest
@@ -53,7 +53,7 @@ def joined(pieces: list[Copy]) -> list[tuple[int, int, int]]:
     return runs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PIECES)
 def test_merging_moves_the_same_bytes_in_as_few_pieces_as_possible(drawn: list[tuple[int, str]]) -> None:
     pieces = pieces_of(drawn)
@@ -61,7 +61,7 @@ def test_merging_moves_the_same_bytes_in_as_few_pieces_as_possible(drawn: list[t
     assert [(piece.destination, piece.source, piece.size_bytes) for piece in merged] == joined(pieces)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PIECES, st.integers(1, 8))
 def test_shares_move_every_byte_once_and_are_fair(drawn: list[tuple[int, str]], threads: int) -> None:
     pieces = pieces_of(drawn)

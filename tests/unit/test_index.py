@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvservice.blocks import NO_ROW, NO_SLOT, BlockHash, Chain, Rows, Slots
@@ -136,7 +136,7 @@ def apply(index: Index, model: Model, kind: str, choice: int, argument: int) -> 
         model.remove(leaf)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(OPERATIONS)
 def test_any_history_agrees_with_a_plain_tree(operations: list[tuple[str, int, int]]) -> None:
     index, model = Index(), Model()
@@ -158,7 +158,7 @@ def test_any_history_agrees_with_a_plain_tree(operations: list[tuple[str, int, i
     assert roots == {block_hash for block_hash, parent in model.parent.items() if not parent}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(OPERATIONS, st.integers(0, 5))
 def test_the_hit_length_is_that_of_a_linear_scan(operations: list[tuple[str, int, int]], absent: int) -> None:
     index, model = Index(), Model()

@@ -221,6 +221,17 @@ def test_holds_that_ended_long_before_their_expiry_take_no_memory(leases: Leases
     assert leases.expire(2e9) == [stays]
 
 
+def test_holds_that_are_renewed_all_the_time_take_no_memory(leases: Leases, traced: None) -> None:
+    holds = [grant(leases, duration_s=1e9) for _ in range(READS_MAX)]
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(20_000):
+        leases.renew(holds[number % READS_MAX], now_s=float(number), duration_s=1e9)
+    after, _ = tracemalloc.get_traced_memory()
+    assert after - before < 500_000
+    assert leases.expire(1e9 + 19_996) == []
+    assert len(leases.expire(1e9 + 20_000)) == READS_MAX
+
+
 def test_instances_that_left_take_no_memory(leases: Leases, traced: None) -> None:
     before, _ = tracemalloc.get_traced_memory()
     for instance_id in range(20_000):

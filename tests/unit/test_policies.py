@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvservice.blocks import NO_ROW, Rows
@@ -132,7 +132,7 @@ def apply(tree: Tree, free: list[int], holds: list[list[int]], kind: str, choice
             free.append(row)  # the number is used again at once, as the index does
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(OPERATIONS)
 def test_any_history_evicts_in_the_order_of_the_plain_rule(operations: list[tuple[str, int, int]]) -> None:
     tree = Tree()
@@ -146,7 +146,7 @@ def test_any_history_evicts_in_the_order_of_the_plain_rule(operations: list[tupl
     assert tree.parent == {}, "some rows never came up again"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(OPERATIONS, st.lists(NUMBER, max_size=10))
 def test_subtrees_that_are_forgotten_in_between_lose_nobody(
     operations: list[tuple[str, int, int]], forgotten: list[int]

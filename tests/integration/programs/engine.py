@@ -43,9 +43,6 @@ class Engine:
     def status(self) -> str:
         return self.client.status.value
 
-    def wait_attached(self, timeout_s: float = 15.0) -> bool:
-        return self.client.wait_attached(timeout_s)
-
     def save(self, name: str, blocks: int, start: int = 0, *, as_list: bool = False) -> dict[str, Any]:
         hashes = chain(name, blocks, start=start)
         parent = chain(name, 1, start=start - 1)[0] if start else b""

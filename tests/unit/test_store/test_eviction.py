@@ -89,6 +89,26 @@ def test_more_blocks_than_could_leave_are_refused_and_nothing_is_evicted(workpla
     assert len(workplace.put(engine, chain("c", 8)).slots) == 8
 
 
+def test_what_stands_in_front_of_blocks_in_use_does_not_count_as_room(workplace: Workplace, engine: Engine) -> None:
+    """Nothing may be evicted for a put that is refused in the end."""
+    hashes = chain("a", 8)
+    workplace.save(engine, hashes[:6])
+    workplace.put(engine, hashes[6:], parent=hashes[5])
+    workplace.save(engine, chain("b", 8))
+    with workplace.unchanged(), pytest.raises(errors.CapacityExhausted, match="9 blocks wanted, 8 could leave"):
+        workplace.put(engine, chain("c", 9))
+    assert len(workplace.put(engine, chain("c", 8)).slots) == 8
+
+
+def test_committed_blocks_that_wait_for_their_prefix_do_not_count_as_room(workplace: Workplace, engine: Engine) -> None:
+    reserved = workplace.put(engine, chain("a", 8))
+    engine.commit(reserved, [1, 2, 3, 4, 5, 6, 7])
+    workplace.save(engine, chain("b", 8))
+    with workplace.unchanged(), pytest.raises(errors.CapacityExhausted, match="9 blocks wanted, 8 could leave"):
+        workplace.put(engine, chain("c", 9))
+    assert len(workplace.put(engine, chain("c", 8)).slots) == 8
+
+
 def test_a_put_larger_than_the_arena_is_refused(workplace: Workplace, engine: Engine) -> None:
     workplace.save(engine, chain("a", 16))
     with workplace.unchanged(), pytest.raises(errors.CapacityExhausted):

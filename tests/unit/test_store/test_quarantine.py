@@ -221,6 +221,15 @@ def test_expired_holds_of_a_request_are_counted_apart(workplace: Workplace, engi
     assert engine.namespace.pool.free_slots == 2, "the reservation's slots are free"
 
 
+def test_a_hold_past_its_time_counts_as_expired_before_the_upkeep_comes_round(
+    workplace: Workplace, engine: Engine
+) -> None:
+    workplace.save(engine, chain("a", 2))
+    granted = engine.get(chain("a", 2))
+    workplace.clock.advance(31.0)
+    assert workplace.store.release(engine.peer, [granted.hold_id], "") == Ended(live=0, expired=1)
+
+
 def test_a_release_of_nothing_is_nothing(workplace: Workplace, engine: Engine) -> None:
     engine.get(chain("a", 1))
     workplace.put(engine, chain("b", 1))

@@ -109,6 +109,32 @@ def test_a_namespace_below_its_share_loses_nothing(workplace: Workplace, first: 
     assert second.lookup(chain("y", 8)).dram_blocks == 8
 
 
+def test_a_namespace_within_its_share_loses_nothing_to_one_below(workplace: Workplace, first: Engine) -> None:
+    """Where the one above its share has nothing to give, nobody else has to."""
+    workplace.save(first, chain("a", 8))
+    first.get(chain("a", 8))
+    second = second_of(workplace)
+    third = workplace.engine(spec_of("third", tenant="uid:1"))
+    workplace.save(second, chain("x", 4))
+    workplace.save(third, chain("y", 4))
+    assert [pages(engine) for engine in (first, second, third)] == [8, 4, 4]
+    workplace.save(third, chain("z", 1))
+    assert second.lookup(chain("x", 4)).dram_blocks == 4
+    assert third.lookup(chain("y", 4)).dram_blocks == 3
+
+
+def test_two_namespaces_do_not_take_the_same_segment_from_each_other_for_ever() -> None:
+    # Three segments for two: somebody has more than half, and that is no reason to take turns.
+    with Workplace(small_config(dram_bytes=12 * PAGE_BYTES)) as workplace:
+        first, second = workplace.engine(spec_of("first")), workplace.engine(spec_of("second"))
+        workplace.save(first, chain("a", 8))
+        for turn in range(5):
+            workplace.save(second, chain(f"x {turn}", 4))
+            workplace.save(first, chain(f"y {turn}", 1))
+        assert first.retired_ids == second.retired_ids == []
+        assert sorted([pages(first), pages(second)]) == [4, 8]
+
+
 def test_chains_that_cross_a_lost_segment_lose_what_is_behind_it(workplace: Workplace, first: Engine) -> None:
     hashes = chain("a", 16)
     workplace.save(first, hashes)
