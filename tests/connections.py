@@ -268,6 +268,11 @@ class Connection:
         assert response.reservation_id, response
         self.commit(response.reservation_id)
 
+    def is_checksummed(self, block_hash: bytes) -> bool:
+        """Whether the block's checksum has been made: until then the daemon holds the block itself."""
+        found: pb.ExplainResponse = self.call("Explain", pb.ExplainRequest(hash=block_hash))
+        return found.explanations[0].held.checksummed
+
 
 def _until_none(requests: queue.SimpleQueue[pb.AttachRequest | None]) -> Iterator[pb.AttachRequest]:
     while (request := requests.get()) is not None:

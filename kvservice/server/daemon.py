@@ -187,7 +187,7 @@ class Daemon:
 
 
 def _raise_descriptor_limit() -> None:
-    """Segments take two descriptors each and connections one: use what the system allows."""
+    """Segments take four descriptors each and connections one: use what the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard))

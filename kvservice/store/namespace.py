@@ -5,6 +5,7 @@ Every way in which a block leaves goes through `drop`, so that no book forgets t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -49,6 +50,8 @@ class Namespace:
     last_used_s: float = 0.0
     growing_bytes: int = 0
     """Of segments being made for it."""
+    growth: set[asyncio.Task[bool]] = field(default_factory=set)
+    """The making of these segments."""
     is_retired: bool = False
     """Dropped from the registry; memory that arrives late must not be added."""
 

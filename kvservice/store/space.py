@@ -67,6 +67,10 @@ class Space:
             return
         if namespace.is_retired:
             raise CapacityExhausted("the namespace was dropped meanwhile: attach again")
+        if namespace.growth:
+            # Memory is on its way, asked for by somebody else: nothing need be evicted or refused before it is there.
+            await asyncio.wait(namespace.growth, return_when=asyncio.FIRST_COMPLETED)
+            return
         missing = slots_wanted - namespace.pool.free_slots
         if namespace.pool.size_bytes < self._share_bytes() and not self._is_at_quota(namespace):
             donor, position = self._segment_to_reclaim(namespace)
@@ -96,7 +100,10 @@ class Space:
         namespace.growing_bytes += size_bytes
         self.in_flight_bytes += size_bytes
         # To its end even if the caller is cancelled meanwhile: the memory is being made.
-        return await asyncio.shield(asyncio.create_task(self._add_segment(namespace, segment_id, slots)))
+        growth = asyncio.create_task(self._add_segment(namespace, segment_id, slots))
+        namespace.growth.add(growth)
+        growth.add_done_callback(namespace.growth.discard)
+        return await asyncio.shield(growth)
 
     async def _add_segment(self, namespace: Namespace, segment_id: int, slots: int) -> bool:
         size_bytes = slots * namespace.stride_bytes
@@ -134,9 +141,11 @@ class Space:
 
     async def release_all(self, namespace: Namespace) -> None:
         """Give every segment back; all slots must be free."""
-        segments = [namespace.pool.drop(position) for position, _ in namespace.pool.live_segments()]
+        dropped = [namespace.pool.drop(position) for position, _ in namespace.pool.live_segments()]
         # All of them even if the caller is cancelled meanwhile: nobody else knows them any more.
-        await asyncio.shield(asyncio.gather(*(self._give_back(namespace, segment) for segment in segments)))
+        closing = [self._start_closing(namespace, segment) for segment in dropped]
+        if closing:
+            await asyncio.wait(closing)
 
     def _keep_watermarks(self, namespace: Namespace) -> None:
         # Only memory that cannot grow is kept partly free: evicting earlier would lose hits.
@@ -201,13 +210,13 @@ class Space:
         first = position * pool.slots_per_segment
         rows = pool.row_of[first : first + pool.slots_per_segment]
         donor.drop_subtrees(rows[rows != NO_ROW].tolist(), DropReason.RECLAIMED, self._clock())
-        await self._give_back(donor, pool.drop(position))
+        await asyncio.shield(self._start_closing(donor, pool.drop(position)))
 
-    async def _give_back(self, namespace: Namespace, segment: Segment) -> None:
+    def _start_closing(self, namespace: Namespace, segment: Segment) -> asyncio.Task[None]:
         # Holders of the mapping hear of it before the memory is punched out under it.
         self._on_segments_changed(namespace, [], [segment.segment_id])
         self.in_flight_bytes += segment.size_bytes
-        await asyncio.shield(asyncio.create_task(self._close(segment)))
+        return asyncio.create_task(self._close(segment))
 
     async def _close(self, segment: Segment) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, segment.close)

@@ -215,7 +215,7 @@ class Store:
         """End leases, all holds of a request, and what attempts were granted; all or none.
 
         Raises:
-            LeaseUnknown: a lease id is not this instance's, or is named twice.
+            LeaseUnknown: a lease id is not this instance's. InvalidRequest: one is named twice.
         """
         holds = self._holds.find(instance, HoldKind.READ, lease_ids)
         if request_id:

@@ -160,11 +160,8 @@ def test_every_drop_has_its_reason(
     def dropped(reason: str) -> float:
         return value(scrape(daemon), "kvservice_block_drops_total", reason=reason)
 
-    def checksummed() -> bool:
-        return value(scrape(daemon), "kvservice_unchecksummed_blocks") == 0
-
     connection.save(chain("full", ARENA_BLOCKS))
-    eventually(checksummed)
+    eventually(lambda: connection.is_checksummed(chain("full", ARENA_BLOCKS)[-1]))
     connection.save(chain("more", 10))
     assert dropped("capacity") == 10
     assert stats_of(connection).evicted_blocks == 10
@@ -189,7 +186,7 @@ def test_every_drop_has_its_reason(
     assert forgotten.blocks_dropped == dropped("forgotten") > 0
     assert value(scrape(daemon), "kvservice_blocks") == 0
     connection.save(chain("again", 240))
-    eventually(checksummed)
+    eventually(lambda: connection.is_checksummed(chain("again", 240)[-1]))
     taker = make_connection(daemon.socket_dir, namespace("taker", block_size_bytes=BLOCK_BYTES))
     taker.save(chain("t", 64))
     assert dropped("reclaimed") > 0

@@ -153,7 +153,7 @@ def test_memory_that_the_system_does_not_give_is_made_do_without(
     connection.save(chain("a", had_blocks // 2))
     # Growing ahead of need fails now; that is no reason to be unhealthy, nor to refuse what eviction makes place for.
     daemon.wait_event("system_refused_memory")
-    eventually(lambda: "kvservice_unchecksummed_blocks 0.0" in daemon.get("/metrics")[1])
+    eventually(lambda: connection.is_checksummed(chain("a", had_blocks // 2)[-1]))
     connection.save(chain("b", had_blocks))
     assert connection.lookup(chain("b", had_blocks)).hit_blocks == had_blocks
     assert connection.lookup(chain("a", 1)).hit_blocks == 0

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 import kvservice_client as kv
+from kvservice.service import messages
 from kvservice_client.memory_socket import MemorySocket
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain, contents, namespace
@@ -181,24 +182,42 @@ def stalled(daemon: DaemonThread) -> Iterator[None]:
         waiting.join(DEADLINE_S)
 
 
+@pytest.mark.parametrize("lease_s", [60, 0.05], ids=["live", "expired"])
 def test_what_was_granted_to_calls_that_gave_up_is_not_lost(
-    make_daemon_thread: MakeDaemonThread, make_client: MakeClient
+    make_daemon_thread: MakeDaemonThread, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, lease_s: float
 ) -> None:
-    daemon = make_daemon_thread(lease_s=60)
+    daemon = make_daemon_thread(lease_s=lease_s)
     client = make_client(daemon.socket_dir, OF)
     hashes = chain("a", 8)
     whole = contents(hashes, OF.block_size_bytes)
-    client.save(hashes, whole)
-    for turn in range(5):
-        with stalled(daemon):
-            for number in range(4):
-                with pytest.raises(kv.DaemonUnreachable):
-                    client.get(hashes, deadline_s=0.02)
-                with pytest.raises(kv.DaemonUnreachable):
-                    client.put(chain(f"{turn}-{number}", 8), deadline_s=0.02)
-    assert client.load(hashes, bytearray(len(whole))).blocks == 8
+    assert client.save(hashes, whole).saved == 8
+    granted: list[str] = []
+    with monkeypatch.context() as patched:
+        for answer in ("get_response", "put_response"):
+            patched.setattr(messages, answer, late(getattr(messages, answer), granted))
+        for number in range(3):
+            # The daemon grants it, and its answer comes when nobody waits any more.
+            with pytest.raises(kv.DeadlineExceeded):
+                client.get(hashes, deadline_s=0.1)
+            daemon.on_loop(granted.copy)
+            with pytest.raises(kv.DeadlineExceeded):
+                client.put(chain(f"new-{number}", 8), deadline_s=0.1)
+            daemon.on_loop(granted.copy)
+    assert set(granted) == {"Granted", "Reserved"}
     daemon.wait_no_holds()
-    assert client.save(chain("0-0", 8), whole).saved == 8
+    assert client.load(hashes, bytearray(len(whole))).blocks == 8
+    assert client.save(chain("new-0", 8), whole).saved == 8
+
+
+def late(answer: Callable[..., object], granted: list[str]) -> Callable[..., object]:
+    """The same answer, of a daemon that is held up after it has granted what was asked for."""
+
+    def answer_late(outcome: object) -> object:
+        granted.append(type(outcome).__name__)
+        threading.Event().wait(0.2)
+        return answer(outcome)
+
+    return answer_late
 
 
 def test_an_answer_that_comes_late_is_not_taken_for_the_next_one(

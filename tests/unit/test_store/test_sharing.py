@@ -109,18 +109,18 @@ def test_a_namespace_below_its_share_loses_nothing(workplace: Workplace, first: 
     assert second.lookup(chain("y", 8)).dram_blocks == 8
 
 
-def test_a_namespace_within_its_share_loses_nothing_to_one_below(workplace: Workplace, first: Engine) -> None:
+def test_a_namespace_within_its_share_loses_nothing_to_one_below() -> None:
     """Where the one above its share has nothing to give, nobody else has to."""
-    workplace.save(first, chain("a", 8))
-    first.get(chain("a", 8))
-    second = second_of(workplace)
-    third = workplace.engine(spec_of("third", tenant="uid:1"))
-    workplace.save(second, chain("x", 4))
-    workplace.save(third, chain("y", 4))
-    assert [pages(engine) for engine in (first, second, third)] == [8, 4, 4]
-    workplace.save(third, chain("z", 1))
-    assert second.lookup(chain("x", 4)).dram_blocks == 4
-    assert third.lookup(chain("y", 4)).dram_blocks == 3
+    with Workplace(small_config(dram_segment_bytes=PAGE_BYTES)) as workplace:
+        first, second, third = (workplace.engine(spec_of(name)) for name in ("first", "second", "third"))
+        workplace.save(first, chain("a", 9))
+        first.get(chain("a", 9))
+        workplace.save(second, chain("x", 5))
+        workplace.save(third, chain("y", 2))
+        assert [pages(engine) for engine in (first, second, third)] == [9, 5, 2]
+        workplace.save(third, chain("z", 1))
+        assert second.lookup(chain("x", 5)).dram_blocks == 5
+        assert third.lookup(chain("y", 2)).dram_blocks == 1
 
 
 def test_two_namespaces_do_not_take_the_same_segment_from_each_other_for_ever() -> None:
@@ -193,19 +193,22 @@ def test_the_namespace_unused_for_longest_makes_place_for_a_new_one() -> None:
 
 @pytest.mark.parametrize("why", ["attached", "connected", "in quarantine"])
 def test_a_namespace_in_use_makes_no_place(why: str) -> None:
-    with Workplace(small_config(namespaces_max=1)) as workplace:
+    with Workplace(small_config(namespaces_max=2)) as workplace:
         engine = workplace.engine(spec_of("busy"))
         workplace.save(engine, chain("a", 2))
+        granted = engine.get(chain("a", 2))
+        other = workplace.engine(spec_of("other"))
         if why != "attached":
             workplace.store.detach(engine.peer)
         if why == "in quarantine":
-            again = workplace.engine(spec_of("busy"))
-            again.get(chain("a", 2))
-            workplace.store.detach(again.peer)
-            engine.hang_up()
-        peer = workplace.store.connect(engine.peer.identity)
-        with workplace.unchanged(), pytest.raises(errors.CapacityExhausted, match=r"1 namespaces are in use"):
+            # It is attached elsewhere now, and may still be copying from what it leased.
+            workplace.run(workplace.store.attach(engine.peer, "again", [spec_of("other")]))
+        peer = workplace.store.connect(other.peer.identity)
+        with workplace.unchanged(), pytest.raises(errors.CapacityExhausted, match=r"2 namespaces are in use"):
             workplace.run(workplace.store.attach(peer, "new", [spec_of("new")]))
+        if why == "in quarantine":
+            workplace.store.release(engine.peer, [granted.hold_id], "")
+            assert workplace.run(workplace.store.attach(peer, "new", [spec_of("new")]))
 
 
 def test_two_namespaces_of_one_attachment_have_an_id_each(workplace: Workplace) -> None:
@@ -218,6 +221,16 @@ def test_two_namespaces_of_one_attachment_have_an_id_each(workplace: Workplace) 
     engine.namespace_id = 1
     assert engine.lookup(chain("b", 2)).dram_blocks == 0
     assert engine.lookup(chain("a", 2)).dram_blocks == 2
+
+
+def test_attaching_tells_which_segments_to_map(workplace: Workplace, first: Engine) -> None:
+    workplace.save(first, chain("a", 6))
+    peer = workplace.store.connect(first.peer.identity)
+    specs = [spec_of("second", tenant="uid:1"), spec_of("first", tenant="uid:1")]
+    told = workplace.run(workplace.store.attach(peer, "late", specs))
+    pools = [namespace.pool for namespace in peer.namespaces]
+    assert told == [segment.segment_id for pool in pools for _, segment in pool.live_segments()]
+    assert len(told) == 3
 
 
 def test_rules_by_label_give_a_namespace_its_own_quota() -> None:
