@@ -94,10 +94,6 @@ class FrameSocket:
         return received
 
 
-def namespace_message(namespace: kv.Namespace) -> pb.Namespace:
-    return namespace.to_message()
-
-
 @dataclass
 class Grant:
     """A mapped segment's descriptors and what the daemon says about it."""
@@ -168,7 +164,7 @@ class Connection:
 
     def attach(self, *namespaces: kv.Namespace) -> pb.Welcome:
         """Attach to these. Raises CallFailed."""
-        return self.hello([namespace_message(namespace) for namespace in namespaces])
+        return self.hello([namespace.to_message() for namespace in namespaces])
 
     def attach_again(self, *namespaces: kv.Namespace) -> pb.Welcome:
         """End the stream, and attach to these as soon as the daemon has noticed."""

@@ -44,7 +44,6 @@ class EngineProcess:
             text=True,
             env=environment(),
         )
-        self._watchdog: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         return self

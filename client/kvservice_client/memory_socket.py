@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import threading
+import weakref
 
 from google.protobuf.message import DecodeError
 
@@ -19,6 +20,10 @@ PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
 
 _LENGTH = struct.Struct(">I")
+
+
+_open_sockets: weakref.WeakSet[MemorySocket] = weakref.WeakSet()
+"""Every one of this process, also of links that are being made or are over and still in use."""
 
 
 class MemorySocket:
@@ -36,6 +41,7 @@ class MemorySocket:
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
+        _open_sockets.add(self)
         try:
             self._socket.connect(path)
             hello = pb.SocketHello(protocol_version_min=PROTOCOL_VERSION_MIN, protocol_version_max=PROTOCOL_VERSION_MAX)
@@ -111,3 +117,12 @@ def _map(grant: pb.SegmentGrant, fds: list[int], segment_id: int) -> Segment:
     return Segment(
         segment_id, fds=fds, size_bytes=grant.size_bytes, stride_bytes=grant.slot_stride_bytes, slots=grant.slots
     )
+
+
+def _hang_up_after_fork() -> None:
+    # A child that kept one open would keep its parent alive in the daemon's eyes.
+    for each in list(_open_sockets):
+        each.close()
+
+
+os.register_at_fork(after_in_child=_hang_up_after_fork)

@@ -179,17 +179,20 @@ def test_a_forked_child_gets_misses_and_the_parent_goes_on(make_daemon: MakeDaem
     assert not daemon.errors
 
 
+@pytest.mark.parametrize("is_closed", [False, True], ids=["attached", "closed with a lease"])
 def test_the_parents_death_is_noticed_though_its_child_lives(
-    daemon_thread: DaemonThread, make_engine: MakeEngine
+    daemon_thread: DaemonThread, make_engine: MakeEngine, is_closed: bool
 ) -> None:
     survivor, parent = make_engine(daemon_thread.socket_dir), make_engine(daemon_thread.socket_dir)
     survivor.do("save", name="a", blocks=BLOCKS)
     parent.do("get", name="a", blocks=BLOCKS)
     parent.do("put", name="b", blocks=BLOCKS)
+    if is_closed:
+        assert parent.do("close") == "closed"
     child = psutil.Process(parent.do("fork", name="a", blocks=BLOCKS, stay=True)["process_id"])
     try:
         assert parent.do("read") == ["right"] * BLOCKS, "what the parent held it still holds"
-        assert daemon_thread.holds() == (1, 1, 0)
+        assert daemon_thread.holds()[:2] == (1, 1)
         parent.kill()
         only_this_one_is_left(daemon_thread, survivor)
         assert child.is_running()

@@ -205,10 +205,6 @@ class Engine:
             "mapped": mapped,
         }
 
-    def maps(self) -> int:
-        with open("/proc/self/maps", encoding="utf-8") as maps:
-            return sum("/memfd:kvservice-segment" in line for line in maps)
-
 
 def plain(value: object) -> object:
     """Named outcomes as their words."""
