@@ -147,7 +147,7 @@ def test_memory_that_the_system_does_not_give_is_made_do_without(
     daemon = make_daemon(dram_segment_bytes=1 * MIB, dram_grow_ahead_bytes=2 * MIB)
     connection = make_connection(daemon.socket_dir, OF)
     had_blocks = 2 * MIB // BLOCK_BYTES
-    eventually(lambda: connection.call("Stats", pb.StatsRequest()).tiers[0].used_bytes >= 2 * MIB)
+    eventually(lambda: connection.call("Stats", pb.StatsRequest()).namespaces[0].dram_bytes >= 2 * MIB)
     # From now on the kernel refuses files of more than a page to this process, memfds included.
     daemon.process.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
     connection.save(chain("a", had_blocks // 2))
