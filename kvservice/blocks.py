@@ -31,6 +31,10 @@ NO_SLOT = -1
 """In a column of slots: the block has no bytes in DRAM."""
 
 
+NO_EXTENT = -1
+"""In a column of extents: the block has no bytes on NVMe."""
+
+
 class Tier(Enum):
     """Where a block's bytes are."""
 

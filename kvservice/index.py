@@ -13,6 +13,9 @@ Invariant: the index is closed under prefixes. A row's parent is present, and a 
 parent is RESIDENT. So whether the first i blocks of a chain are held is monotonic in i, and the
 hit length is found by bisection: 12 probes for 2,048 hashes.
 
+A row's bytes are in DRAM (`slot`), on NVMe (`extent`) or both; `arriving` while they are read into
+the slot, `dirty` while they wait to be written to NVMe.
+
 Columns instead of objects: a million blocks take about 200 bytes each, chains are inserted,
 checked and touched by vector operations, and the garbage collector has nothing to walk.
 """
@@ -24,7 +27,7 @@ from typing import Final
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, NO_SLOT, BlockHash, Chain, Rows, Slots
+from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Chain, Rows, Slots
 from kvservice.errors import InvalidRequest
 
 _COLUMNS: dict[str, tuple[type, int]] = {
@@ -34,6 +37,10 @@ _COLUMNS: dict[str, tuple[type, int]] = {
     "previous_sibling": (np.int32, NO_ROW),
     "depth": (np.int32, 0),
     "slot": (np.int32, NO_SLOT),
+    "extent": (np.int64, NO_EXTENT),
+    "dram_children": (np.int32, 0),
+    "arriving": (np.bool_, 0),
+    "dirty": (np.bool_, 0),
     "state": (np.uint8, 0),
     "checksummed": (np.bool_, 0),
     "checksum": (np.uint64, 0),
@@ -69,6 +76,10 @@ class Index:
         self.previous_sibling: np.ndarray
         self.depth: np.ndarray
         self.slot: np.ndarray
+        self.extent: np.ndarray
+        self.dram_children: np.ndarray
+        self.arriving: np.ndarray
+        self.dirty: np.ndarray
         self.state: np.ndarray
         self.checksummed: np.ndarray
         self.checksum: np.ndarray
@@ -98,6 +109,23 @@ class Index:
         while low < high:
             row = rows.get(chain.hash_at(probe), NO_ROW)
             if row != NO_ROW and state_at(row) == State.RESIDENT and depth_at(row) == probe:
+                low = probe + 1
+            else:
+                high = probe
+            probe = (low + high) // 2
+        return low
+
+    def dram_length(self, chain: Chain, hit: int) -> int:
+        """How many of the `hit` resident leading blocks lead in DRAM, in O(log n).
+
+        Blocks leave DRAM from the end of a chain and come back from its front, so this is nearly
+        always monotonic. Where it is not (new blocks behind a demoted prefix), the answer is a
+        hint like any lookup's.
+        """
+        low, high = 0, hit
+        probe = high - 1
+        while low < high:
+            if self.slot[self._rows[chain.hash_at(probe)]] != NO_SLOT:
                 low = probe + 1
             else:
                 high = probe
@@ -169,10 +197,17 @@ class Index:
         first_depth = 0 if parent == NO_ROW else int(self.depth[parent]) + 1
         self.depth[rows] = np.arange(first_depth, first_depth + count, dtype=np.int32)
         self.slot[rows] = slots
+        self.extent[rows] = NO_EXTENT
+        self.dram_children[rows[:-1]] = 1
+        self.dram_children[rows[-1]] = 0
+        self.arriving[rows] = False
+        self.dirty[rows] = False
         self.state[rows] = State.RESERVED
         self.checksummed[rows] = False
         self.uses[rows] = 0
         self._link(int(rows[0]), parent)
+        if parent != NO_ROW:
+            self.dram_children[parent] += 1
         numbers = rows.tolist()
         self._rows.update(zip(hashes, numbers, strict=True))
         for row, block_hash in zip(numbers, hashes, strict=True):
@@ -200,6 +235,21 @@ class Index:
             self._settle(row, resident)
         return np.array(resident, dtype=np.int32)
 
+    def attach_slots(self, rows: Rows, slots: Slots) -> None:
+        """Blocks without DRAM get slots that their bytes are about to be read into."""
+        self.slot[rows] = slots
+        self.arriving[rows] = True
+        parents = self.parent[rows]
+        np.add.at(self.dram_children, parents[parents != NO_ROW], 1)
+
+    def detach_slot(self, row: int) -> None:
+        """The block's bytes are not in DRAM any more."""
+        if self.slot[row] != NO_SLOT:
+            self.slot[row] = NO_SLOT
+            self.arriving[row] = self.dirty[row] = False
+            if self.parent[row] != NO_ROW:
+                self.dram_children[self.parent[row]] -= 1
+
     def remove(self, row: int) -> None:
         """Take out a row that has nothing behind it."""
         assert self.first_child[row] == NO_ROW, f"row {row} still has blocks behind it"
@@ -211,12 +261,55 @@ class Index:
         if after != NO_ROW:
             self.previous_sibling[after] = before
         self._written -= int(self.state[row] == State.WRITTEN)
+        self.detach_slot(row)
         self.state[row] = State.ABSENT
         self.parent[row] = NO_ROW
-        self.slot[row] = NO_SLOT
+        self.extent[row] = NO_EXTENT
         del self._rows[self.hash_of(row)]
         self._hashes[row] = None
         self._free.append(row)
+
+    def restore(
+        self,
+        hashes: Sequence[BlockHash],
+        parents: np.ndarray,
+        extents: np.ndarray,
+        checksums: np.ndarray,
+        uses: np.ndarray,
+        last_used_s: np.ndarray,
+    ) -> None:
+        """Fill an empty index with resident blocks that are on NVMe only.
+
+        Args:
+            hashes: n distinct hashes, every block after the block before it.
+            parents: int32, position of the block before; NO_ROW: a root.
+            extents, checksums, uses, last_used_s: their columns.
+        """
+        assert not self._rows, "only an empty index can be restored"
+        count = len(hashes)
+        self._grow_to(max(1024, count))
+        self._hashes = list(hashes)
+        self._free = []
+        self._rows = dict(zip(hashes, range(count), strict=True))
+        span = slice(0, count)
+        self.parent[span] = parents
+        self.extent[span], self.checksum[span] = extents, checksums
+        self.uses[span], self.last_used_s[span] = uses, last_used_s
+        self.checksummed[span] = True
+        self.state[span] = State.RESIDENT
+        # Siblings become neighbours when rows are sorted by what they follow.
+        order = np.argsort(parents, kind="stable").astype(np.int32)
+        order = order[parents[order] != NO_ROW]
+        of = parents[order]
+        is_first = np.ones(len(order), dtype=bool)
+        is_first[1:] = of[1:] != of[:-1]
+        self.first_child[of[is_first]] = order[is_first]
+        self.previous_sibling[order[1:][~is_first[1:]]] = order[:-1][~is_first[1:]]
+        self.next_sibling[order[:-1][~is_first[1:]]] = order[1:][~is_first[1:]]
+        depths: list[int] = []
+        for parent in parents.tolist():
+            depths.append(0 if parent == NO_ROW else depths[parent] + 1)
+        self.depth[span] = depths
 
     def check(self) -> None:
         """Assert the room's invariants. For tests; O(n)."""
@@ -232,6 +325,10 @@ class Index:
             assert self.state[parent] != State.ABSENT, f"row {row}: the block before it is absent"
             assert self.depth[row] == self.depth[parent] + 1, f"row {row}: depth does not follow"
             assert row in set(self.children(parent)), f"row {row}: not among the blocks behind {parent}"
+            in_dram = sum(self.slot[child] != NO_SLOT for child in self.children(row))
+            assert self.dram_children[row] == in_dram, f"row {row}: count of children in DRAM is off"
+            has_bytes = self.slot[row] != NO_SLOT or self.extent[row] != NO_EXTENT
+            assert has_bytes, f"row {row}: its bytes are nowhere"
             if self.state[row] == State.RESIDENT:
                 assert self.state[parent] == State.RESIDENT, f"row {row}: resident behind one that is not"
 

@@ -179,6 +179,17 @@ class Metrics:
         self.checksum_failures = self._counter(
             "kvservice_checksum_failures", "Blocks whose bytes no longer match their checksum; each was dropped."
         )
+        moved = self._counter("kvservice_transfer_bytes", "Bytes moved between tiers, by direction.", ("direction",))
+        self.nvme_read_bytes = moved.labels(direction="nvme_to_dram")
+        self.nvme_written_bytes = moved.labels(direction="dram_to_nvme")
+        took = self._counter(
+            "kvservice_transfer_seconds", "Time that transfers between tiers took, by direction.", ("direction",)
+        )
+        self.nvme_read_seconds = took.labels(direction="nvme_to_dram")
+        self.nvme_written_seconds = took.labels(direction="dram_to_nvme")
+        self.nvme_given_up_blocks = self._counter(
+            "kvservice_write_behind_given_up_blocks", "Committed blocks that no disk took: they live in DRAM only."
+        )
         self.refused_peers = self._counter(
             "kvservice_refused_peers", "Connections refused because the peer's identity is not allowed."
         )

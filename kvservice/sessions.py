@@ -7,55 +7,72 @@ not. Pure; bounded: the session used longest ago is dropped from the books (its 
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
+from collections.abc import Collection, Hashable, Mapping
 
 from kvservice.blocks import NO_ROW, Rows
 
 TIPS_PER_SESSION_MAX = 8
 
 
+def session_key(session_id: str) -> bytes:
+    """32 bytes that stand for a session: ids may be long, and need not be kept or written to disk."""
+    return hashlib.blake2b(session_id.encode(), digest_size=32).digest()
+
+
 class Sessions:
-    """The sessions of one namespace, by their id."""
+    """The sessions of one namespace, by their key."""
 
     def __init__(self, *, sessions_max: int) -> None:
         self._sessions_max = sessions_max
-        self._tips: OrderedDict[str, dict[int, None]] = OrderedDict()
-        self._by_tip: dict[int, set[str]] = {}
+        self._tips: OrderedDict[Hashable, dict[int, None]] = OrderedDict()
+        self._by_tip: dict[int, set[Hashable]] = {}
 
     def __len__(self) -> int:
         return len(self._tips)
 
-    def extend(self, session_id: str, chain: Rows, tip: int) -> None:
+    def extend(self, session: Hashable, chain: Rows, tip: int) -> None:
         """A request of the session used the rows of `chain`, the deepest of which is `tip`."""
-        tips = self._tips.setdefault(session_id, {})
-        self._tips.move_to_end(session_id)
+        tips = self._tips.setdefault(session, {})
+        self._tips.move_to_end(session)
         for old in [old for old in tips if old in chain]:
-            self._unmark(session_id, old)
+            self._unmark(session, old)
         tips[tip] = None
-        self._by_tip.setdefault(tip, set()).add(session_id)
+        self._by_tip.setdefault(tip, set()).add(session)
         if len(tips) > TIPS_PER_SESSION_MAX:
-            self._unmark(session_id, next(iter(tips)))
+            self._unmark(session, next(iter(tips)))
         if len(self._tips) > self._sessions_max:
             self.forget(next(iter(self._tips)))
 
     def row_left(self, row: int, parent: int) -> None:
         """A row left the index: sessions that ended there end at the block before it."""
-        for session_id in self._by_tip.pop(row, ()):
-            tips = self._tips[session_id]
+        for session in self._by_tip.pop(row, ()):
+            tips = self._tips[session]
             del tips[row]
             if parent != NO_ROW:
                 tips[parent] = None
-                self._by_tip.setdefault(parent, set()).add(session_id)
+                self._by_tip.setdefault(parent, set()).add(session)
             elif not tips:
-                del self._tips[session_id]
+                del self._tips[session]
 
-    def forget(self, session_id: str) -> list[int]:
+    def moved(self, rows: Mapping[int, int]) -> None:
+        """Every row has another number now."""
+        self._by_tip = {rows[tip]: sessions for tip, sessions in self._by_tip.items()}
+        for session, tips in self._tips.items():
+            self._tips[session] = {rows[tip]: None for tip in tips}
+
+    def forget(self, session: Hashable) -> list[int]:
         """Drop the session from the books; its tips, none if it is unknown."""
-        tips = list(self._tips.get(session_id, ()))
+        tips = list(self._tips.get(session, ()))
         for tip in tips:
-            self._unmark(session_id, tip)
-        self._tips.pop(session_id, None)
+            self._unmark(session, tip)
+        self._tips.pop(session, None)
         return tips
+
+    def of_tip(self, row: int) -> Collection[Hashable]:
+        """The sessions that end at the row."""
+        return self._by_tip.get(row, ())
 
     def is_tip(self, row: int) -> bool:
         """Whether some session ends at the row."""
@@ -67,9 +84,9 @@ class Sessions:
         backward = {(session, tip) for tip, sessions in self._by_tip.items() for session in sessions}
         assert forward == backward, f"tips differ: {forward ^ backward}"
 
-    def _unmark(self, session_id: str, tip: int) -> None:
-        del self._tips[session_id][tip]
+    def _unmark(self, session: Hashable, tip: int) -> None:
+        del self._tips[session][tip]
         sessions = self._by_tip[tip]
-        sessions.discard(session_id)
+        sessions.discard(session)
         if not sessions:
             del self._by_tip[tip]

@@ -16,6 +16,7 @@ from kvservice.config.values import GIB, KIB, MIB, NamespaceRule, format_size, r
 
 SOCKETS = "Sockets and access"
 DRAM = "DRAM tier"
+NVME = "NVMe tier"
 EVICTION = "Eviction"
 LEASES = "Leases and reservations"
 LIMITS = "Limits on what clients may ask for"
@@ -123,6 +124,45 @@ class Config:
         DRAM,
         "Quota and policy for the namespaces whose label matches a glob; the first match in the file's order counts. "
         "What a rule leaves out comes from dram_quota_bytes and policy.",
+    )
+
+    nvme_dirs: str = knob(
+        "",
+        NVME,
+        "Directories of the NVMe tier, one per device, separated by colons; empty turns the tier off. One daemon per "
+        "directory. What is in them survives restarts; removing a directory loses only cached blocks.",
+    )
+    nvme_bytes: int = knob(
+        0,
+        NVME,
+        "Bytes that each directory may take, data, log and checkpoints together; 0 is half of what is free when the "
+        "directory is first used. The last 10 % of the file system are never taken.",
+    )
+    nvme_segment_bytes: int = knob(
+        256 * MIB,
+        NVME,
+        "Space on disk moves between namespaces in files of this size, allocated when first needed.",
+        at_least=1 * MIB,
+    )
+    nvme_write_behind_s: float = knob(
+        2.0,
+        NVME,
+        "Committed blocks are durable within about this time. Shorter: less is lost with the power. Longer: larger "
+        "batches, fewer flushes.",
+        at_least=0.01,
+    )
+    nvme_queue_depth: int = knob(
+        4,
+        NVME,
+        "Reads and writes under way at once per directory, each in a thread. More helps until the device is busy.",
+        at_least=1,
+        at_most=64,
+    )
+    nvme_waiting_max: int = knob(
+        4096,
+        NVME,
+        "Transfers that may wait per directory; above, blocks are misses instead of arriving late.",
+        at_least=1,
     )
 
     high_watermark: float = knob(

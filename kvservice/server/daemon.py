@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack
 import uvloop
 
 from kvservice import __version__
-from kvservice.blocks import Tier
 from kvservice.config import Config
 from kvservice.fd_socket import FdSocket
 from kvservice.http import HttpServer, Verdict
@@ -94,13 +93,17 @@ class Daemon:
         deadline_s = time.monotonic() + self.config.drain_s
         while not self.store.is_idle and time.monotonic() < deadline_s:  # noqa: ASYNC110  # holds end in many places
             await asyncio.sleep(_DRAIN_POLL_S)
-        _log.info("drained", is_idle=self.store.is_idle)
+        is_durable = await self.store.write_behind.flush(deadline_s)
+        await self.store.journal.append_all()
+        _log.info("drained", is_durable=is_durable, is_idle=self.store.is_idle)
 
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self.config
         self._loop = asyncio.get_running_loop()
         # First in, last out: memory is unmapped after everything that uses it has stopped.
         stack.callback(self.store.close)
+        await self.store.open_disks()
+        stack.push_async_callback(self.store.close_disks)
         sockets = SocketDirectory(config.socket_dir, group=config.socket_group)
         stack.callback(sockets.close)
         control = ControlService(self.store, self.metrics, state=lambda: self.state)
@@ -111,6 +114,10 @@ class Daemon:
         self.tasks.start("fd_socket", fd_socket.run())
         self.tasks.start("upkeep", self._keep_up())
         self.tasks.start("checksums", self.store.checksummer.run())
+        if self.store.disks:
+            self.tasks.start("write_behind", self.store.write_behind.run())
+            recovery = asyncio.create_task(self._recover())
+            stack.callback(recovery.cancel)
         server = make_server(control, self.health, message_bytes_max=config.message_bytes_max)
         server.add_insecure_port(f"unix:{sockets.control}")
         await server.start()
@@ -144,6 +151,11 @@ class Daemon:
             version=__version__,
         )
 
+    async def _recover(self) -> None:
+        started_s = time.monotonic()
+        await self.store.recover()
+        _log.info("recovered", blocks=self.store.recovered_blocks, seconds=round(time.monotonic() - started_s, 3))
+
     async def _keep_up(self) -> None:
         while True:
             await self.store.upkeep()
@@ -170,10 +182,12 @@ class Daemon:
     def _snapshot(self) -> Snapshot:
         """Called in HTTP threads: counts and lengths only."""
         store = self.store
-        usage = store.arena.usage()
         namespaces = list(store.namespaces.values())
         return Snapshot(
-            tiers=[TierGauge(Tier.DRAM, usage.capacity_bytes, usage.used_bytes, usage.state == "online")],
+            tiers=[
+                TierGauge(tier, usage.capacity_bytes, usage.used_bytes, usage.state == "online")
+                for tier, usage in store.tiers()
+            ],
             blocks=sum(len(namespace.index) for namespace in namespaces),
             sessions=sum(len(namespace.sessions) for namespace in namespaces),
             instances=store.instances.attached,

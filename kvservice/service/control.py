@@ -8,15 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import grpc
-
 from kvservice import __version__, errors
 from kvservice.instances import DrainNotice, Notice, SegmentsChanged
 from kvservice.metrics import MISS_REASONS, Metrics
-from kvservice.service import messages, reports
+from kvservice.service import getting, messages, reports
 from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
 from kvservice.service.messages import require_text
 from kvservice.store import Peer, Store, explain
+from kvservice.store.outcomes import Granted
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from kvservice_proto.v1 import kvservice_pb2_grpc
 
@@ -81,29 +80,41 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             self._store.detach(instance)
 
     async def Get(self, request: pb.GetRequest, context: Context) -> None:  # noqa: N802
-        """One message today: everything held is in DRAM."""
+        """The lease and what is in DRAM at once; what is on NVMe in order as it arrives."""
         started_s = time.perf_counter()
-        status = grpc.StatusCode.OK
         try:
-            response = self._get(well_formed(request), context)
+            granted = await self._granted(request, context)
         except Exception as error:  # noqa: BLE001  # everything must become a status
             status, detail = error_detail(error, where="Get")
-        finally:
             self._get_calls.observe(time.perf_counter() - started_s, status.name)
-        if status is not grpc.StatusCode.OK:
             await abort(context, status, detail)
-        await context.write(response)
+        self._get_calls.observe(time.perf_counter() - started_s, "OK")
+        nvme_blocks = granted.nvme_blocks
+        self._metrics.dram_hit_blocks.inc(len(granted.slots) - nvme_blocks)
+        wait_s = request.wait_ms / 1000 if request.wait_ms else None
+        handed_out = 0
+        try:
+            async for response in getting.responses(granted, wait_s=wait_s):
+                for run in response.runs:
+                    if run.WhichOneof("outcome") == "miss":
+                        self._metrics.miss_blocks[MISS_REASONS[run.miss - 1]].inc(run.blocks)
+                    else:
+                        handed_out += run.blocks
+                await context.write(response)
+        finally:
+            self._metrics.nvme_hit_blocks.inc(max(0, handed_out - len(granted.slots) + nvme_blocks))
+            self._metrics.leased_bytes.inc(handed_out * granted.pool.stride_bytes)
 
     # -------------------------------------------------------------------- unary
 
     def _lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
         looked = self._store.lookup(self._instance(context), request.namespace_id, request.hashes)
-        self._metrics.lookup_held_blocks.inc(looked.dram_blocks)
-        self._metrics.lookup_miss_blocks.inc(looked.blocks - looked.dram_blocks)
+        self._metrics.lookup_held_blocks.inc(looked.hit_blocks)
+        self._metrics.lookup_miss_blocks.inc(looked.blocks - looked.hit_blocks)
         return messages.lookup_response(looked)
 
-    def _get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        granted = self._store.get(
+    async def _granted(self, request: pb.GetRequest, context: Context) -> Granted:
+        return await self._store.get(
             self._instance(context),
             request.namespace_id,
             request.hashes,
@@ -113,14 +124,6 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             max_blocks=request.max_blocks,
             attempt_id=request.attempt_id,
         )
-        response = messages.get_response(granted)
-        metrics = self._metrics
-        metrics.dram_hit_blocks.inc(len(granted.slots))
-        metrics.leased_bytes.inc(len(granted.slots) * granted.pool.stride_bytes)
-        for run in response.runs:
-            if run.WhichOneof("outcome") == "miss":
-                metrics.miss_blocks[MISS_REASONS[run.miss - 1]].inc(run.blocks)
-        return response
 
     def _renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         self._require_few(request.lease_ids, "lease_ids")
@@ -161,9 +164,9 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
     def _abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         return pb.AbortResponse(expired=self._store.abort(self._instance(context), request.reservation_id))
 
-    def _prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
-        looked = self._store.lookup(self._instance(context), request.namespace_id, request.hashes)
-        return messages.prefetch_response(looked)
+    async def _prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
+        prefetched = await self._store.prefetch(self._instance(context), request.namespace_id, request.hashes)
+        return messages.prefetch_response(prefetched)
 
     def _forget(self, request: pb.ForgetRequest, context: Context) -> pb.ForgetResponse:
         instance = self._instance(context)

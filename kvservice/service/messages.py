@@ -21,6 +21,8 @@ MISSES = {
     outcomes.Miss.BEING_WRITTEN: pb.MISS_REASON_BEING_WRITTEN,
     outcomes.Miss.PREFIX_MISSING: pb.MISS_REASON_PREFIX_MISSING,
     outcomes.Miss.OVER_LIMIT: pb.MISS_REASON_OVER_LIMIT,
+    outcomes.Miss.CORRUPT: pb.MISS_REASON_CORRUPT,
+    outcomes.Miss.TIER_OFFLINE: pb.MISS_REASON_TIER_OFFLINE,
 }
 DROPS = {
     DropReason.CAPACITY: pb.DROP_REASON_CAPACITY,
@@ -79,27 +81,46 @@ def handles(pool: SlotPool, slots: Slots) -> Iterable[tuple[int, pb.Handles]]:
 
 def lookup_response(looked: outcomes.Looked) -> pb.LookupResponse:
     """Lookup's answer."""
-    response = pb.LookupResponse(hit_blocks=looked.dram_blocks)
+    response = pb.LookupResponse(hit_blocks=looked.hit_blocks)
     if looked.dram_blocks:
         response.runs.add(blocks=looked.dram_blocks, held=pb.TIER_DRAM)
-    if looked.dram_blocks < looked.blocks:
-        response.runs.add(blocks=1, miss=MISSES[looked.miss])
-    if looked.dram_blocks + 1 < looked.blocks:
-        response.runs.add(blocks=looked.blocks - looked.dram_blocks - 1, miss=pb.MISS_REASON_PREFIX_MISSING)
+    if looked.dram_blocks < looked.hit_blocks:
+        response.runs.add(blocks=looked.hit_blocks - looked.dram_blocks, held=pb.TIER_NVME)
+    for blocks, miss in misses(looked.blocks - looked.hit_blocks, looked.miss):
+        response.runs.add(blocks=blocks, miss=miss)
     return response
+
+
+def misses(blocks: int, first: outcomes.Miss) -> Iterable[tuple[int, pb.MissReason]]:
+    """(blocks, reason) of the misses after a prefix: why it ends, and that the rest follows a miss."""
+    if first is outcomes.Miss.OVER_LIMIT:
+        yield from [(blocks, pb.MISS_REASON_OVER_LIMIT)] * bool(blocks)
+    elif blocks:
+        yield 1, MISSES[first]
+        if blocks > 1:
+            yield blocks - 1, pb.MISS_REASON_PREFIX_MISSING
 
 
 def get_response(granted: outcomes.Granted) -> pb.GetResponse:
-    """Get's answer."""
+    """Get's first answer: the lease and the leading blocks that are in DRAM already."""
     response = pb.GetResponse(lease_id=granted.hold_id, lease_ms=int(granted.duration_s * 1000))
-    for blocks, of_run in handles(granted.pool, granted.slots):
-        response.runs.add(blocks=blocks, handles=of_run)
-    if granted.missed:
-        is_limit = granted.miss is outcomes.Miss.OVER_LIMIT
-        response.runs.add(blocks=granted.missed if is_limit else 1, miss=MISSES[granted.miss])
-        if not is_limit and granted.missed > 1:
-            response.runs.add(blocks=granted.missed - 1, miss=pb.MISS_REASON_PREFIX_MISSING)
+    ready = min(granted.pending, default=len(granted.slots))
+    add_handles(response, granted, 0, ready)
+    if not granted.pending:
+        add_misses(response, granted.missed, granted.miss)
     return response
+
+
+def add_handles(response: pb.GetResponse, granted: outcomes.Granted, start: int, end: int) -> None:
+    """Hand out the blocks at positions start to end."""
+    for blocks, of_run in handles(granted.pool, granted.slots[start:end]):
+        response.runs.add(blocks=blocks, handles=of_run)
+
+
+def add_misses(response: pb.GetResponse, blocks: int, first: outcomes.Miss) -> None:
+    """The rest of the blocks are misses."""
+    for count, miss in misses(blocks, first):
+        response.runs.add(blocks=count, miss=miss)
 
 
 def put_response(reserved: outcomes.Reserved) -> pb.PutResponse:
@@ -130,15 +151,15 @@ def commit_response(runs: Iterable[tuple[int, outcomes.Committed | DropReason]])
     return response
 
 
-def prefetch_response(looked: outcomes.Looked) -> pb.PrefetchResponse:
-    """Prefetch's answer: what is held is in DRAM already."""
+def prefetch_response(prefetched: outcomes.Prefetched) -> pb.PrefetchResponse:
+    """Prefetch's answer."""
     response = pb.PrefetchResponse()
-    if looked.dram_blocks:
-        response.runs.add(blocks=looked.dram_blocks, held=pb.TIER_DRAM)
-    if looked.dram_blocks < looked.blocks:
-        response.runs.add(blocks=1, miss=MISSES[looked.miss])
-    if looked.dram_blocks + 1 < looked.blocks:
-        response.runs.add(blocks=looked.blocks - looked.dram_blocks - 1, miss=pb.MISS_REASON_PREFIX_MISSING)
+    if prefetched.dram_blocks:
+        response.runs.add(blocks=prefetched.dram_blocks, held=pb.TIER_DRAM)
+    if prefetched.started_blocks:
+        response.runs.add(blocks=prefetched.started_blocks, started=pb.Started())
+    for blocks, miss in misses(prefetched.missed, prefetched.miss):
+        response.runs.add(blocks=blocks, miss=miss)
     return response
 
 

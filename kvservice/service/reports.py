@@ -17,7 +17,6 @@ def stats(
 ) -> pb.StatsResponse:
     """Totals of the daemon; namespaces and instances of the tenant only."""
     leases = store.leases
-    usage = store.arena.usage()
     return pb.StatsResponse(
         daemon_version=__version__,
         daemon_epoch=epoch,
@@ -30,11 +29,12 @@ def stats(
         quarantined_slots=leases.quarantined_slots(),
         tiers=[
             pb.TierStats(
-                tier=TIERS[store.arena.tier],
+                tier=TIERS[tier],
                 state=usage.state,
                 capacity_bytes=usage.capacity_bytes,
                 used_bytes=usage.used_bytes,
             )
+            for tier, usage in store.tiers()
         ],
         namespaces=[
             _namespace_stats(namespace)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvservice.blocks import NO_ROW, BlockHash, Tenant, Tier
+from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Tenant, Tier
 from kvservice.errors import InvalidRequest
 from kvservice.index import State
 from kvservice.store.namespace import Namespace
@@ -62,13 +62,15 @@ def _finding(namespace: Namespace, block_hash: BlockHash, now_s: float) -> Findi
     index = namespace.index
     row = index.row_of(block_hash)
     if row != NO_ROW and index.state[row] == State.RESIDENT:
+        slot = int(index.slot[row])
+        tiers = (Tier.DRAM,) * (slot != NO_SLOT) + (Tier.NVME,) * bool(index.extent[row] != NO_EXTENT)
         return Held(
-            tiers=(Tier.DRAM,),
+            tiers=tiers,
             depth=int(index.depth[row]),
             children=sum(1 for _ in index.children(row)),
             idle_s=max(0.0, now_s - float(index.last_used_s[row])),
             uses=int(index.uses[row]),
-            holders=int(namespace.pool.holders[index.slot[row]]),
+            holders=0 if slot == NO_SLOT else int(namespace.pool.holders[slot]),
             is_checksummed=bool(index.checksummed[row]),
         )
     if row != NO_ROW:

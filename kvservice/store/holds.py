@@ -62,6 +62,10 @@ class Holds:
         """What is granted for an asked time; 0.0 asks for the default."""
         return min(asked_s or self._duration_s, self._duration_s_max)
 
+    def namespace(self, hold: Hold) -> Namespace:
+        """The namespace that the hold's slots belong to."""
+        return self._namespaces[hold.namespace]
+
     def find(self, instance: Peer, kind: HoldKind, hold_ids: Sequence[int]) -> list[Hold]:
         """The instance's holds of these ids, live or expired.
 

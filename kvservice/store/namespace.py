@@ -6,19 +6,20 @@ Every way in which a block leaves goes through `drop`, so that no book forgets t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, DropReason, NamespaceSpec, Rows, Slots
+from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, DropReason, NamespaceSpec, Rows, Slots
 from kvservice.dram import SlotPool, slot_stride_bytes
 from kvservice.history import Departure, History
 from kvservice.index import Index, State
 from kvservice.instances import Instance
 from kvservice.metrics import Metrics
-from kvservice.policies import EvictionPolicy
-from kvservice.sessions import Sessions
+from kvservice.policies import EvictionPolicy, make_policy
+from kvservice.sessions import Sessions, session_key
+from kvservice.store.arrivals import Arrival
 
 
 @dataclass(slots=True)
@@ -42,11 +43,18 @@ class Namespace:
     quota_bytes: int
     """Bound on its segments; 0: only the arena's."""
     policy: EvictionPolicy
+    """In which order blocks leave DRAM."""
+    nvme_policy: EvictionPolicy
+    """In which order blocks leave NVMe, and with it the store."""
     sessions: Sessions
     history: History
     pool: SlotPool
     index: Index = field(default_factory=Index)
     counters: Counters = field(default_factory=Counters)
+    arrivals: dict[int, Arrival] = field(default_factory=dict)
+    """What is being read from NVMe, by row."""
+    on_extents_left: Callable[[Namespace, list[int]], None] = field(default=lambda namespace, extents: None)
+    """Told of the extents of blocks that left."""
     last_used_s: float = 0.0
     growing_bytes: int = 0
     """Of segments being made for it."""
@@ -65,7 +73,14 @@ class Namespace:
         if len(rows):
             self.index.last_used_s[rows] = now_s
             self.policy.touch(rows)
+            self.nvme_policy.touch(rows)
             self.last_used_s = now_s
+
+    def swap_index(self, index: Index, moved: Mapping[int, int]) -> None:
+        """Take another index into use; `moved` says which rows of it the present ones became."""
+        self.index = index
+        self.policy, self.nvme_policy = make_policy(self.policy.name), make_policy(self.nvme_policy.name)
+        self.sessions.moved(moved)
 
     def end_hold(self, slots: Slots) -> None:
         """A holder let go of these slots (chain order): what is nobody's becomes free."""
@@ -78,17 +93,31 @@ class Namespace:
     def drop(self, row: int, reason: DropReason, now_s: float) -> None:
         """Take out a block that has nothing behind it. Its slot is free at once unless held."""
         index = self.index
-        parent, slot = int(index.parent[row]), int(index.slot[row])
+        parent, slot, extent = int(index.parent[row]), int(index.slot[row]), int(index.extent[row])
         idle_s = max(0.0, now_s - float(index.last_used_s[row]))
         self.history.remember(index.hash_of(row), Departure(reason, now_s, idle_s))
         self.sessions.row_left(row, parent)
         self.policy.forget(row)
+        self.nvme_policy.forget(row)
+        self.arrivals.pop(row, None)
         index.remove(row)
-        self.pool.disown(slot)
-        if parent != NO_ROW and index.first_child[parent] == NO_ROW:
-            self.policy.exposed(parent)
+        if slot != NO_SLOT:
+            self.pool.disown(slot)
+        if extent != NO_EXTENT:
+            self.on_extents_left(self, [extent])
+        if parent != NO_ROW:
+            self._expose(parent)
         self.metrics.dropped_blocks[reason].inc()
         self.counters.dropped[reason] = self.counters.dropped.get(reason, 0) + 1
+
+    def demote(self, row: int) -> None:
+        """Let a block that is on NVMe too leave DRAM: no write, no loss."""
+        parent, slot = int(self.index.parent[row]), int(self.index.slot[row])
+        self.policy.forget(row)
+        self.index.detach_slot(row)
+        self.pool.disown(slot)
+        if parent != NO_ROW:
+            self._expose(parent)
 
     def drop_subtrees(self, rows: Iterable[int], reason: DropReason, now_s: float) -> tuple[int, int]:
         """Take out blocks and everything behind them.
@@ -101,7 +130,7 @@ class Namespace:
             if self.index.state[top] == State.ABSENT:
                 continue  # went with another one's subtree
             for row in self.index.subtree(top):
-                held += int(self.pool.holders[self.index.slot[row]] > 0)
+                held += self._is_held(row)
                 dropped += 1
                 self.drop(row, reason if row == top else self._reason_behind(reason), now_s)
         return dropped, held
@@ -113,17 +142,32 @@ class Namespace:
         return DropReason.PREFIX_LOST if reason in (DropReason.CORRUPT, DropReason.ABORTED) else reason
 
     def evict(self, slots_wanted: int, reason: DropReason, now_s: float) -> int:
-        """Drop blocks in the policy's order until that many more slots are free, or none is left.
+        """Free slots in the policy's order until that many more are free, or nothing may leave.
+
+        What is on NVMe is demoted; what is not, leaves the store (and what is behind it).
 
         Returns:
             How many became free.
         """
-        freed = 0
+        before = self.pool.free_slots
         if slots_wanted > 0:
-            for row in self.policy.victims(self._is_evictable):
-                self.drop(row, reason, now_s)
+            for row in self.policy.victims(self._may_leave_dram):
+                if self.index.extent[row] != NO_EXTENT:
+                    self.demote(row)
+                else:
+                    self.drop_subtrees([row], reason, now_s)
+                if self.pool.free_slots - before >= slots_wanted:
+                    break
+        return self.pool.free_slots - before
+
+    def evict_from_nvme(self, extents_wanted: int, now_s: float) -> int:
+        """Drop blocks that are on NVMe only, ends of chains first; how many extents that freed."""
+        freed = 0
+        if extents_wanted > 0:
+            for row in self.nvme_policy.victims(self._may_leave_nvme):
+                self.drop(row, DropReason.CAPACITY, now_s)
                 freed += 1
-                if freed == slots_wanted:
+                if freed == extents_wanted:
                     break
         return freed
 
@@ -134,11 +178,11 @@ class Namespace:
             How many were dropped, and how many of those are still held.
         """
         dropped = held = 0
-        for tip in self.sessions.forget(session_id):
+        for tip in self.sessions.forget(session_key(session_id)):
             row = tip
             while row != NO_ROW and self._is_only_for_forgotten(row):
                 parent = int(self.index.parent[row])
-                held += int(self.pool.holders[self.index.slot[row]] > 0)
+                held += self._is_held(row)
                 self.drop(row, DropReason.FORGOTTEN, now_s)
                 dropped, row = dropped + 1, parent
         return dropped, held
@@ -173,10 +217,11 @@ class Namespace:
         self.pool.check()
         self.sessions.check()
         present = np.flatnonzero(self.index.state != State.ABSENT)
+        present = present[self.index.slot[present] != NO_SLOT]
         slots = self.index.slot[present]
         assert (self.pool.row_of[slots] == present).all(), "a row's slot belongs to another row"
         owned = np.flatnonzero(self.pool.row_of != NO_ROW)
-        assert len(owned) == len(present), "a slot belongs to a row that is absent"
+        assert len(owned) == len(present), "a slot belongs to a row that is absent or not in DRAM"
         reserved = self.index.state[present] == State.RESERVED
         assert (self.pool.holders[slots[reserved]] > 0).all(), "a reserved block without its writer"
 
@@ -186,12 +231,35 @@ class Namespace:
         is_end = index.state[row] == State.RESIDENT and index.first_child[row] == NO_ROW
         return bool(is_end) and not self.sessions.is_tip(row)
 
-    def _is_evictable(self, row: int) -> bool:
+    def _expose(self, row: int) -> None:
+        """Something behind `row` left: it may be the end of its chain now."""
+        if self.index.dram_children[row] == 0:
+            self.policy.exposed(row)
+        if self.index.first_child[row] == NO_ROW:
+            self.nvme_policy.exposed(row)
+
+    def _is_held(self, row: int) -> int:
+        slot = int(self.index.slot[row])
+        return int(slot != NO_SLOT and self.pool.holders[slot] > 0)
+
+    def _may_leave_dram(self, row: int) -> bool:
+        index = self.index
+        slot = int(index.slot[row])
+        return bool(
+            index.state[row] == State.RESIDENT
+            and slot != NO_SLOT
+            and index.dram_children[row] == 0
+            and not index.dirty[row]
+            and self.pool.holders[slot] == 0
+        )
+
+    def _may_leave_nvme(self, row: int) -> bool:
         index = self.index
         return bool(
             index.state[row] == State.RESIDENT
+            and index.extent[row] != NO_EXTENT
+            and index.slot[row] == NO_SLOT
             and index.first_child[row] == NO_ROW
-            and self.pool.holders[index.slot[row]] == 0
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import groupby
 
 from kvservice.blocks import DropReason, NamespaceSpec, Slots, Tier
 from kvservice.dram import SlotPool
+from kvservice.store.arrivals import Arrival
 
 
 class Miss(Enum):
@@ -18,6 +19,8 @@ class Miss(Enum):
     BEING_WRITTEN = "being_written"
     PREFIX_MISSING = "prefix_missing"
     OVER_LIMIT = "over_limit"
+    CORRUPT = "corrupt"
+    TIER_OFFLINE = "tier_offline"
 
 
 class Written(Enum):
@@ -42,21 +45,38 @@ def runs(outcomes: Iterable[Committed | DropReason]) -> list[tuple[int, Committe
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """Lookup: `dram_blocks` lead, the rest misses for `miss`."""
+    """Lookup: of `blocks`, `hit_blocks` lead, `dram_blocks` of those in DRAM; then misses for `miss`."""
 
     dram_blocks: int
+    hit_blocks: int
     blocks: int
     miss: Miss
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """Get: the leading `slots` are leased (hold 0: none), `missed` blocks follow."""
+    """Get: the leading `slots` are leased (hold 0: none), `missed` blocks follow.
+
+    `pending` has the blocks that are still being read, by position; their slots hold no bytes yet.
+    """
 
     hold_id: int
     duration_s: float
     pool: SlotPool
+    rows: Sequence[int]
     slots: Slots
+    pending: Mapping[int, Arrival]
+    nvme_blocks: int
+    missed: int
+    miss: Miss
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetched:
+    """Prefetch: blocks that lead in DRAM, that are on their way, and that are misses."""
+
+    dram_blocks: int
+    started_blocks: int
     missed: int
     miss: Miss
 

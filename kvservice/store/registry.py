@@ -27,14 +27,19 @@ class Registry:
         *,
         clock: Callable[[], float],
         is_idle: Callable[[Namespace], bool],
+        on_extents_left: Callable[[Namespace, list[int]], None],
     ) -> None:
-        """`is_idle` tells whether nobody attached a namespace or holds slots of it."""
+        """Args:
+        is_idle: whether nobody attached a namespace or holds slots of it.
+        on_extents_left: told of extents whose blocks left.
+        """
         self.namespaces: dict[NamespaceKey, Namespace] = {}
         self.config = config
         self.clock = clock
         self._space = space
         self._metrics = metrics
         self._is_idle = is_idle
+        self._on_extents_left = on_extents_left
 
     def require_fits(self, spec: NamespaceSpec) -> None:
         """Raise InvalidRequest if not even one block would fit."""
@@ -70,17 +75,31 @@ class Registry:
             await self._space.make_room(existing, 1)
         return existing
 
+    def restore_namespace(self, spec: NamespaceSpec) -> Namespace | None:
+        """The namespace of that key without memory yet; None where another geometry or too many stand against it."""
+        existing = self.namespaces.get(spec.key)
+        if existing is not None:
+            return existing if existing.spec.same_geometry(spec) else None
+        if len(self.namespaces) >= self.config.namespaces_max:
+            return None
+        return self._add(spec)
+
     async def _make_namespace(self, spec: NamespaceSpec) -> Namespace:
         while spec.key not in self.namespaces and len(self.namespaces) >= self.config.namespaces_max:
             await self._drop_coldest_namespace()
         if spec.key in self.namespaces:
             return self.namespaces[spec.key]  # made by another attachment meanwhile
+        return self._add(spec)
+
+    def _add(self, spec: NamespaceSpec) -> Namespace:
         rule = self.config.rule_for(spec.label)
         namespace = Namespace(
             spec=spec,
             metrics=self._metrics,
             quota_bytes=rule.dram_quota_bytes,
             policy=make_policy(rule.policy),
+            nvme_policy=make_policy(rule.policy),
+            on_extents_left=self._on_extents_left,
             sessions=Sessions(sessions_max=self.config.sessions_max),
             history=History(blocks_max=self.config.explain_history_blocks),
             pool=SlotPool(

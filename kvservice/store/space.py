@@ -8,12 +8,12 @@ only: its memory is punched out and closed, and the other namespace gets fresh, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Executor
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, DropReason
+from kvservice.blocks import NO_EXTENT, NO_ROW, DropReason
 from kvservice.config import Config
 from kvservice.dram import Arena, Segment
 from kvservice.errors import CapacityExhausted, QuotaExceeded
@@ -22,6 +22,8 @@ from kvservice.store.namespace import Namespace
 
 _REFUSAL_PAUSE_S = 10.0
 _EVICTION_SLICE = 512  # blocks per round of upkeep: about a millisecond of the event loop
+
+_WRITE_WAIT_S = 5.0
 
 _log = event_log(__name__)
 
@@ -41,7 +43,11 @@ class Space:
         clock: Callable[[], float],
         namespaces: Callable[[], Iterable[Namespace]],
         on_segments_changed: SegmentsChangedCallback,
+        until_written: Callable[[float], Awaitable[bool]],
     ) -> None:
+        """Args:
+        until_written: waits at most so many seconds for dirty blocks to become durable.
+        """
         self.arena = arena
         self._config = config
         self._executor = executor
@@ -51,6 +57,7 @@ class Space:
         self._refused_until_s = float("-inf")
         self.in_flight_bytes = 0
         """Of the arena's used bytes, those of segments being made or closed: in no pool."""
+        self._until_written = until_written
 
     def slots_per_segment(self, stride_bytes: int) -> int:
         """How many slots a full segment of that stride has; at least one."""
@@ -72,7 +79,7 @@ class Space:
             await asyncio.wait(namespace.growth, return_when=asyncio.FIRST_COMPLETED)
             return
         missing = slots_wanted - namespace.pool.free_slots
-        if namespace.pool.size_bytes < self._share_bytes() and not self._is_at_quota(namespace):
+        if namespace.pool.size_bytes < self._share_bytes(namespace) and not self._is_at_quota(namespace):
             donor, position = self._segment_to_reclaim(namespace)
             if donor is not None:
                 await self._reclaim(donor, position)
@@ -80,10 +87,15 @@ class Space:
         evictable = namespace.evictable_slots(missing)
         if missing > evictable:
             raise self._refusal(namespace, slots_wanted, evictable)
-        at_quota = self._is_at_quota(namespace)
-        reason = DropReason.QUOTA if at_quota else DropReason.CAPACITY
-        if namespace.evict(missing, reason, self._clock()) < missing:
-            raise self._refusal(namespace, slots_wanted, namespace.pool.free_slots)
+        reason = DropReason.QUOTA if self._is_at_quota(namespace) else DropReason.CAPACITY
+        if namespace.evict(missing, reason, self._clock()) >= missing:
+            return
+        if namespace.index.dirty.any():
+            # What is left waits to become durable: that takes moments, and then it may leave DRAM.
+            if not await self._until_written(_WRITE_WAIT_S):
+                namespace.index.dirty[:] = False  # no disk keeps up: what leaves now is lost, as without one
+            return
+        raise self._refusal(namespace, slots_wanted, namespace.pool.free_slots)
 
     async def grow(self, namespace: Namespace) -> bool:
         """Add a segment if arena, quota and system have room for at least one slot; whether it did."""
@@ -158,8 +170,9 @@ class Space:
         reason = DropReason.QUOTA if self._is_at_quota(namespace) else DropReason.CAPACITY
         namespace.evict(min(wanted, _EVICTION_SLICE), reason, self._clock())
 
-    def _share_bytes(self) -> int:
-        return self.arena.capacity_bytes // max(1, sum(1 for _ in self._namespaces()))
+    def _share_bytes(self, taker: Namespace) -> int:
+        sharing = sum(1 for namespace in self._namespaces() if namespace is taker or namespace.pool.size_bytes)
+        return self.arena.capacity_bytes // sharing
 
     def _is_at_quota(self, namespace: Namespace) -> bool:
         quota_bytes = namespace.quota_bytes
@@ -182,7 +195,7 @@ class Space:
         Only where the taker ends up with no more than the donor keeps, or has nothing at all:
         else two namespaces would take the same segment from each other for ever.
         """
-        share_bytes = self._share_bytes()
+        share_bytes = self._share_bytes(taker)
         above = [other for other in self._namespaces() if other is not taker and other.pool.size_bytes > share_bytes]
         for donor in sorted(above, key=lambda other: other.pool.size_bytes, reverse=True):
             coldest = min(self._temperatures(donor), default=None)
@@ -209,7 +222,13 @@ class Space:
         pool = donor.pool
         first = position * pool.slots_per_segment
         rows = pool.row_of[first : first + pool.slots_per_segment]
-        donor.drop_subtrees(rows[rows != NO_ROW].tolist(), DropReason.RECLAIMED, self._clock())
+        for row in rows[rows != NO_ROW].tolist():
+            if pool.row_of[donor.index.slot[row]] != row:
+                continue  # went with the subtree of one before it
+            if donor.index.extent[row] != NO_EXTENT:
+                donor.demote(row)
+            else:
+                donor.drop_subtrees([row], DropReason.RECLAIMED, self._clock())
         await asyncio.shield(self._start_closing(donor, pool.drop(position)))
 
     def _start_closing(self, namespace: Namespace, segment: Segment) -> asyncio.Task[None]:

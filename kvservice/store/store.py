@@ -7,24 +7,26 @@ being made); both look again at everything after waiting.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import numpy as np
-
-from kvservice.blocks import NO_ROW, Chain, DropReason, NamespaceKey, NamespaceSpec
+from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec, Tier
 from kvservice.config import Config
 from kvservice.dram import Arena
 from kvservice.errors import Draining, NamespaceUnknown
-from kvservice.index import State
 from kvservice.instances import DrainNotice, Identity, Instances, SegmentsChanged
 from kvservice.leases import HoldKind, Leases
 from kvservice.metrics import Metrics
-from kvservice.store import invariants, requests
+from kvservice.nvme import Volume
+from kvservice.store import invariants, recovery
 from kvservice.store.checksummer import Checksummer
+from kvservice.store.disks import Disk, Disks, DiskState
 from kvservice.store.holds import Holds
+from kvservice.store.journal import Journal
 from kvservice.store.namespace import Namespace, Peer
 from kvservice.store.outcomes import (
     Committed,
@@ -32,14 +34,19 @@ from kvservice.store.outcomes import (
     Forgotten,
     Granted,
     Looked,
-    Miss,
+    Prefetched,
     Renewed,
     Reserved,
-    Written,
-    runs,
 )
+from kvservice.store.promotion import Promotion
+from kvservice.store.reading import Reading
 from kvservice.store.registry import Registry
 from kvservice.store.space import Space
+from kvservice.store.write_behind import WriteBehind
+from kvservice.store.writing import Writing
+from kvservice.tiers import TierUsage
+
+_JOURNAL_INTERVAL_S = 1.0
 
 
 class Store:
@@ -50,6 +57,8 @@ class Store:
         self.metrics = metrics
         self.clock = clock
         self.is_draining = False
+        self.recovered_blocks = 0
+        self._journal_at_s = 0.0
         self.instances: Instances[Namespace] = Instances(
             connections_max=config.connections_max, instances_max=config.instances_max
         )
@@ -60,6 +69,9 @@ class Store:
                 HoldKind.WRITE: config.reservations_per_instance_max,
             },
         )
+        self.disks = Disks([])
+        self.journal = Journal(self.disks, clock=clock)
+        self.write_behind = WriteBehind(config, self.disks, self.journal, metrics, clock=clock)
         self.arena = Arena(
             capacity_bytes=config.dram_bytes, huge_pages=config.dram_huge_pages, numa_node=config.dram_numa_node
         )
@@ -72,8 +84,16 @@ class Store:
             clock=clock,
             namespaces=lambda: self.namespaces.values(),  # noqa: PLW0108  # assigned below
             on_segments_changed=self._tell_segments_changed,
+            until_written=self.write_behind.wait_for_progress,
         )
-        self._registry = Registry(config, self._space, metrics, clock=clock, is_idle=self._is_idle_namespace)
+        self._registry = Registry(
+            config,
+            self._space,
+            metrics,
+            clock=clock,
+            is_idle=self._is_idle_namespace,
+            on_extents_left=self._extents_left,
+        )
         self.namespaces: dict[NamespaceKey, Namespace] = self._registry.namespaces
         self._holds = Holds(
             self.leases,
@@ -83,6 +103,57 @@ class Store:
             duration_s=config.lease_s,
             duration_s_max=config.lease_s_max,
         )
+        promotion = Promotion(self.disks, metrics, clock=clock)
+        self._reading = Reading(config, self._holds, self._space, self.disks, promotion, self.journal, clock=clock)
+        self._writing = Writing(
+            config, self._holds, self._space, self.checksummer, self.write_behind, metrics, clock=clock
+        )
+
+    async def open_disks(self) -> None:
+        """Lock and open the NVMe directories; `recover` makes them usable. Raises StartupError."""
+        loop = asyncio.get_running_loop()
+        for directory in filter(None, self.config.nvme_dirs.split(":")):
+            volume = await loop.run_in_executor(None, partial(self._open_volume, directory))
+            disk = Disk(volume, depth=self.config.nvme_queue_depth, waiting_max=self.config.nvme_waiting_max)
+            self.disks.disks.append(disk)
+
+    async def recover(self) -> None:
+        """Find again what the disks hold; DRAM serves meanwhile."""
+        loop = asyncio.get_running_loop()
+        found = []
+        for disk in self.disks.disks:
+            try:
+                found.append((disk, await loop.run_in_executor(None, disk.volume.recover)))
+            except OSError as error:
+                disk.fail(f"recovery failed: {error}")
+        wall_to_clock_s = self.clock() - time.time()
+        restored = await loop.run_in_executor(
+            None, partial(recovery.restore, self.disks, found, wall_to_clock_s=wall_to_clock_s)
+        )
+        for one in restored:
+            namespace = self._registry.restore_namespace(one.spec)
+            self.disks.release(one.orphans)
+            if namespace is None:
+                self.disks.release(one.index.extent[: len(one.index)].tolist())
+            else:
+                recovery.adopt(namespace, one, self.clock())
+        for disk, _ in found:
+            disk.state = DiskState.ONLINE
+        self.recovered_blocks = sum(len(one.index) for one in restored)
+
+    async def close_disks(self) -> None:
+        """Wait for transfers under way, then close and unlock the directories."""
+        for disk in self.disks.disks:
+            await disk.close()
+
+    def _open_volume(self, directory: str) -> Volume:
+        return Volume.open(
+            directory, capacity_bytes=self.config.nvme_bytes, segment_bytes=self.config.nvme_segment_bytes
+        )
+
+    def _extents_left(self, namespace: Namespace, extents: list[int]) -> None:
+        self.journal.left(namespace, extents)
+        self.disks.release(extents)
 
     # ------------------------------------------------------------ connections
 
@@ -142,12 +213,9 @@ class Store:
 
     def lookup(self, instance: Peer, namespace_id: int, packed: bytes) -> Looked:
         """How many leading blocks are held. No side effect."""
-        namespace = self.namespace(instance, namespace_id)
-        chain = self._chain(namespace, packed)
-        hit = namespace.index.hit_length(chain)
-        return Looked(hit, len(chain), requests.miss_after(namespace, chain, hit))
+        return self._reading.lookup(self.namespace(instance, namespace_id), packed)
 
-    def get(
+    async def get(
         self,
         instance: Peer,
         namespace_id: int,
@@ -159,38 +227,26 @@ class Store:
         max_blocks: int,
         attempt_id: int = 0,
     ) -> Granted:
-        """Lease the longest held prefix of at most `max_blocks` blocks (0: all)."""
+        """Lease the longest held prefix of at most `max_blocks` blocks (0: all).
+
+        What is on NVMe only is being read when this returns.
+        """
         self._refuse_while_draining()
-        namespace = self.namespace(instance, namespace_id)
-        chain = self._chain(namespace, packed)
-        self.leases.require_room(HoldKind.READ, instance.instance_id, attempt_id=attempt_id)
-        hit = namespace.index.hit_length(chain)
-        leased = min(hit, max_blocks) if max_blocks else hit
-        rows = namespace.index.rows_of(chain.hashes(count=leased))
-        slots = namespace.index.slot[rows]
-        counters = namespace.counters
-        counters.requested += len(chain)
-        counters.dram_hits += leased
-        counters.misses += len(chain) - leased
-        hold_id, lease_s = 0, 0.0
-        if leased:
-            namespace.pool.hold(slots)
-            namespace.touch(rows, self.clock())
-            namespace.index.uses[rows] += 1
-            if session_id:
-                namespace.sessions.extend(session_id, rows, int(rows[-1]))
-            hold_id, lease_s = self._holds.grant(
-                HoldKind.READ,
-                instance,
-                namespace,
-                slots,
-                session_id=session_id,
-                request_id=request_id,
-                asked_s=duration_s,
-                attempt_id=attempt_id,
-            )
-        miss = Miss.OVER_LIMIT if leased < hit else requests.miss_after(namespace, chain, hit)
-        return Granted(hold_id, lease_s, namespace.pool, slots, len(chain) - leased, miss)
+        return await self._reading.get(
+            instance,
+            lambda: self.namespace(instance, namespace_id),
+            packed,
+            session_id=session_id,
+            request_id=request_id,
+            duration_s=duration_s,
+            max_blocks=max_blocks,
+            attempt_id=attempt_id,
+        )
+
+    async def prefetch(self, instance: Peer, namespace_id: int, packed: bytes) -> Prefetched:
+        """Start reading what is on NVMe only; nobody waits for it."""
+        self._refuse_while_draining()
+        return await self._reading.prefetch(lambda: self.namespace(instance, namespace_id), packed)
 
     def renew(
         self, instance: Peer, lease_ids: Sequence[int], reservation_ids: Sequence[int], duration_s: float
@@ -248,39 +304,16 @@ class Store:
             InvalidRequest, NamespaceUnknown, CapacityExhausted, QuotaExceeded, Overloaded, Draining.
         """
         self._refuse_while_draining()
-        while True:
-            namespace = self.namespace(instance, namespace_id)
-            hashes = self._chain(namespace, packed).hashes()
-            requests.require_distinct(hashes)
-            self.leases.require_room(HoldKind.WRITE, instance.instance_id, attempt_id=attempt_id)
-            parent_row = requests.parent_row(namespace, parent)
-            if parent and parent_row == NO_ROW:
-                return Reserved(0, 0.0, [(len(hashes), Written.PARENT_MISSING)], namespace.pool, np.zeros(0, np.int32))
-            rows = namespace.index.rows_of(hashes, parent=parent_row)
-            missing = len(hashes) - len(rows)
-            if missing <= namespace.pool.free_slots:
-                break
-            front = int(rows[-1]) if len(rows) else parent_row
-            await self._make_room(namespace, missing, front)
-        known = requests.known_runs(namespace, rows)
-        if not missing:
-            return Reserved(0, 0.0, known, namespace.pool, np.zeros(0, np.int32))
-        slots = namespace.pool.allocate(missing)
-        behind = int(rows[-1]) if len(rows) else parent_row
-        inserted = namespace.index.insert(behind, hashes[len(rows) :], slots)
-        namespace.index.last_used_s[inserted] = self.clock()
-        namespace.pool.row_of[slots] = inserted
-        hold_id, lease_s = self._holds.grant(
-            HoldKind.WRITE,
+        return await self._writing.put(
             instance,
-            namespace,
-            slots,
+            lambda: self.namespace(instance, namespace_id),
+            parent,
+            packed,
             session_id=session_id,
             request_id=request_id,
-            asked_s=duration_s,
+            duration_s=duration_s,
             attempt_id=attempt_id,
         )
-        return Reserved(hold_id, lease_s, known, namespace.pool, slots)
 
     def commit(
         self, instance: Peer, reservation_id: int, positions: Sequence[int]
@@ -293,39 +326,7 @@ class Store:
         Raises:
             LeaseUnknown, ReservationLost, InvalidRequest.
         """
-        hold = self._holds.find(instance, HoldKind.WRITE, [reservation_id])[0]
-        now_s = self.clock()
-        self.leases.require_live(hold, now_s)
-        chosen = requests.chosen_positions(hold, positions)
-        namespace = self.namespaces[hold.namespace]
-        slots = hold.slots[chosen]
-        rows = namespace.pool.row_of[slots]
-        alive = rows[rows != NO_ROW]
-        if len(alive):
-            resident = namespace.index.publish(alive, now_s)
-            namespace.touch(resident, now_s)
-            namespace.counters.committed += len(alive)
-            self.metrics.committed_blocks.inc(len(alive))
-            self.metrics.committed_bytes.inc(len(alive) * namespace.spec.block_size_bytes)
-            self.checksummer.submit(namespace, slots)
-            if hold.session_id:
-                namespace.sessions.extend(
-                    hold.session_id,
-                    np.append(alive, namespace.index.parent[alive[0]]),
-                    int(alive[-1]),
-                )
-        states = namespace.index.state[rows]
-        outcomes: list[Committed | DropReason] = [
-            DropReason.PREFIX_LOST
-            if row == NO_ROW
-            else (Committed.PUBLISHED if state == State.RESIDENT else Committed.AWAITING_PARENT)
-            for row, state in zip(rows.tolist(), states.tolist(), strict=True)
-        ]
-        namespace.pool.unhold(slots)
-        hold.slots, hold.positions = hold.slots[~chosen], hold.positions[~chosen]
-        if not len(hold.slots):
-            self.leases.end(hold)
-        return runs(outcomes)
+        return self._writing.commit(instance, reservation_id, positions)
 
     def abort(self, instance: Peer, reservation_id: int) -> bool:
         """Give a reservation back; whether it had expired. Raises LeaseUnknown."""
@@ -349,6 +350,16 @@ class Store:
         attached = {id(namespace) for instance in self.instances for namespace in instance.namespaces}
         for namespace in list(self.namespaces.values()):
             await self._space.keep_up(namespace, may_grow=id(namespace) in attached and not self.is_draining)
+        for disk in self.disks.disks:
+            await disk.probe()
+        if self.clock() >= self._journal_at_s:
+            self._journal_at_s = self.clock() + _JOURNAL_INTERVAL_S
+            await self.journal.append_all()
+
+    def tiers(self) -> list[tuple[Tier, TierUsage]]:
+        """Occupancy of each tier that there is."""
+        nvme = [(self.disks.tier, self.disks.usage())] if self.disks else []
+        return [(self.arena.tier, self.arena.usage()), *nvme]
 
     def drain(self) -> None:
         """Take no new work and tell the instances. Holds end as their requests do."""
@@ -382,18 +393,6 @@ class Store:
     def _refuse_while_draining(self) -> None:
         if self.is_draining:
             raise Draining("the daemon is shutting down", retry_after_s=self.config.drain_s)
-
-    async def _make_room(self, namespace: Namespace, slots_wanted: int, front: int) -> None:
-        # The block that the new ones will follow must not be evicted to make room for them.
-        pinned = namespace.index.slot[[front]] if front != NO_ROW else np.zeros(0, np.int32)
-        namespace.pool.hold(pinned)
-        try:
-            await self._space.make_room(namespace, slots_wanted)
-        finally:
-            namespace.end_hold(pinned)
-
-    def _chain(self, namespace: Namespace, packed: bytes) -> Chain:
-        return requests.chain(namespace, packed, hashes_max=self.config.hashes_per_call_max)
 
     def _tell_segments_changed(self, namespace: Namespace, added: list[int], retired: list[int]) -> None:
         notice = SegmentsChanged(tuple(added), tuple(retired))

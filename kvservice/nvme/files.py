@@ -1,0 +1,99 @@
+"""The few system calls of the tier, as a seam: tests put a disk under it that loses power or fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+Buffer = memoryview | bytes | bytearray
+
+
+class Files(Protocol):
+    """What a volume asks of its file system. Every method blocks and raises OSError."""
+
+    def open(self, path: str, *, direct: bool, create: bool) -> int:
+        """A descriptor for reading and writing; `direct`: O_DIRECT, aligned access only."""
+        ...
+
+    def write(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
+        """All bytes of the buffers, one after the other, at the offset."""
+        ...
+
+    def read(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill the buffers from the offset; how many bytes there were."""
+        ...
+
+    def flush(self, descriptor: int) -> None:
+        """What was written survives a loss of power."""
+        ...
+
+    def allocate(self, descriptor: int, size_bytes: int) -> None:
+        """The file has that size and the space for it."""
+        ...
+
+    def rename(self, source: str, target: str) -> None:
+        """Atomically, and durably."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Delete a file, durably."""
+        ...
+
+    def close(self, descriptor: int) -> None:
+        """Give the descriptor back."""
+        ...
+
+
+class RealFiles:
+    """The operating system's."""
+
+    def open(self, path: str, *, direct: bool, create: bool) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        existed = os.path.exists(path)
+        try:
+            descriptor = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            descriptor = os.open(path, flags, 0o600)  # a file system without O_DIRECT (tmpfs)
+        if create and not existed:
+            _sync_directory(os.path.dirname(path))
+        return descriptor
+
+    def write(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
+        wanted = sum(len(buffer) for buffer in buffers)
+        written = os.pwritev(descriptor, buffers, offset)
+        if written != wanted:
+            # A disk that is full or failing; writing the rest would need aligned pieces again.
+            raise OSError(errno.EIO, f"{written} of {wanted} bytes written")
+
+    def read(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(descriptor, buffers, offset)
+
+    def flush(self, descriptor: int) -> None:
+        os.fdatasync(descriptor)
+
+    def allocate(self, descriptor: int, size_bytes: int) -> None:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+        os.fsync(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        os.rename(source, target)
+        _sync_directory(os.path.dirname(target))
+
+    def remove(self, path: str) -> None:
+        os.unlink(path)
+        _sync_directory(os.path.dirname(path))
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,65 @@
+"""The Get stream: the lease first, then blocks in order as they arrive from NVMe."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from kvservice.service import messages
+from kvservice.store.arrivals import Landing
+from kvservice.store.outcomes import Granted, Miss
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+_MISSES = {
+    Landing.CORRUPT: Miss.CORRUPT,
+    Landing.TIER_OFFLINE: Miss.TIER_OFFLINE,
+    Landing.GONE: Miss.NOT_HELD,
+}
+
+
+async def responses(granted: Granted, *, wait_s: float | None) -> AsyncIterator[pb.GetResponse]:
+    """Every message of one Get.
+
+    Args:
+        wait_s: how long to wait for blocks that are being read; None: as long as the call lasts.
+    """
+    yield messages.get_response(granted)
+    loop = asyncio.get_running_loop()
+    ends_at_s = None if wait_s is None else loop.time() + wait_s
+    position = min(granted.pending, default=len(granted.slots))
+    while position < len(granted.slots):
+        landing = await _landing(granted, position, None if ends_at_s is None else ends_at_s - loop.time())
+        if landing is not Landing.OK:
+            response = pb.GetResponse()
+            rest = len(granted.slots) - position + granted.missed
+            messages.add_misses(response, rest, Miss.OVER_LIMIT if landing is None else _MISSES[landing])
+            yield response
+            return
+        end = position + 1
+        while end < len(granted.slots) and _has_landed(granted, end):
+            end += 1
+        response = pb.GetResponse()
+        messages.add_handles(response, granted, position, end)
+        if end == len(granted.slots):
+            messages.add_misses(response, granted.missed, granted.miss)
+        yield response
+        position = end
+
+
+async def _landing(granted: Granted, position: int, timeout_s: float | None) -> Landing | None:
+    """How the block at that position came; None: not in time."""
+    arrival = granted.pending.get(position)
+    if arrival is None:
+        return Landing.OK
+    try:
+        landed = await asyncio.wait_for(asyncio.shield(arrival.landed), timeout_s)
+    except TimeoutError:
+        return None
+    return landed[granted.rows[position]]
+
+
+def _has_landed(granted: Granted, position: int) -> bool:
+    arrival = granted.pending.get(position)
+    if arrival is None:
+        return True
+    return arrival.landed.done() and arrival.landed.result()[granted.rows[position]] is Landing.OK

@@ -1,0 +1,131 @@
+"""Collects what the disks' journals have to be told, and tells them in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+
+from kvservice.blocks import NO_EXTENT, NamespaceSpec, Rows
+from kvservice.nvme import RecordKind, record, records_array
+from kvservice.sessions import session_key
+from kvservice.store.disks import Disk, Disks
+from kvservice.store.namespace import Namespace
+
+_PENDING_MAX = 200_000  # a disk that takes no records for so long is offline; recency may be forgotten
+
+PackedRecord = tuple[object, ...]
+
+
+class Journal:
+    """Pending records of every disk. The event loop owns it."""
+
+    def __init__(self, disks: Disks, *, clock: Callable[[], float]) -> None:
+        self._disks = disks
+        self._clock = clock
+        self._pending: dict[Disk, list[PackedRecord]] = defaultdict(list)
+        self._folding: set[Disk] = set()
+
+    def stored(self, namespace: Namespace, row: int, parent_hash: bytes, extent: int, checksum: int) -> None:
+        """The row's block is in the extent, flushed."""
+        index = namespace.index
+        self._add(
+            RecordKind.STORED,
+            namespace.spec,
+            extent,
+            block_hash=index.hash_of(row),
+            parent=parent_hash,
+            depth=int(index.depth[row]),
+            uses=int(index.uses[row]),
+            checksum=checksum,
+            last_used_s=self._wall_s(float(index.last_used_s[row])),
+        )
+
+    def left(self, namespace: Namespace, extents: Iterable[int]) -> None:
+        """The extents' blocks are gone for good."""
+        for extent in extents:
+            self._add(RecordKind.DROPPED, namespace.spec, extent)
+
+    def touched(self, namespace: Namespace, rows: Rows, session_id: str) -> None:
+        """A chain was used: its deepest block on NVMe stands for all before it."""
+        index = namespace.index
+        on_nvme = rows[index.extent[rows] != NO_EXTENT]
+        if not len(on_nvme):
+            return
+        tip = int(on_nvme[-1])
+        extent = int(index.extent[tip])
+        self._add(
+            RecordKind.TOUCHED,
+            namespace.spec,
+            extent,
+            uses=int(index.uses[tip]),
+            last_used_s=self._wall_s(float(index.last_used_s[tip])),
+        )
+        if session_id:
+            self.session(namespace, extent, session_key(session_id))
+
+    def session(self, namespace: Namespace, extent: int, session: Hashable) -> None:
+        """The session of that key ends at the extent's block."""
+        assert isinstance(session, bytes), "sessions are known by their key"
+        self._add(RecordKind.SESSION, namespace.spec, extent, block_hash=session)
+
+    async def append(self, disk: Disk) -> None:
+        """Make the disk's pending records durable. Raises OSError: they are kept for later."""
+        pending = self._pending.pop(disk, [])
+        if not pending:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, lambda: disk.volume.append(records_array(pending)))
+        except OSError:
+            self._pending[disk][:0] = pending
+            del self._pending[disk][:-_PENDING_MAX]
+            raise
+
+    async def append_all(self) -> None:
+        """Every disk's pending records, and a checkpoint where a log has grown long."""
+        for disk in self._disks.disks:
+            if disk.is_online:
+                try:
+                    await self.append(disk)
+                except OSError as error:
+                    disk.fail(str(error))
+                if disk.volume.needs_fold and disk not in self._folding:
+                    self._folding.add(disk)
+                    folding = asyncio.get_running_loop().run_in_executor(None, disk.volume.journal.fold)
+                    folding.add_done_callback(lambda done, disk=disk: self._folded(disk, done))  # type: ignore[misc]
+
+    def _folded(self, disk: Disk, done: asyncio.Future[None]) -> None:
+        self._folding.discard(disk)
+        error = done.exception()
+        if error is not None:
+            disk.fail(f"checkpoint failed: {error}")
+
+    def _add(
+        self,
+        kind: RecordKind,
+        spec: NamespaceSpec,
+        extent: int,
+        *,
+        block_hash: bytes = b"",
+        parent: bytes = b"",
+        depth: int = 0,
+        uses: int = 0,
+        checksum: int = 0,
+        last_used_s: float = 0.0,
+    ) -> None:
+        packed = record(
+            kind,
+            spec,
+            self._disks.local(extent),
+            block_hash=block_hash,
+            parent=parent,
+            depth=depth,
+            uses=uses,
+            checksum=checksum,
+            last_used_s=last_used_s,
+        )
+        self._pending[self._disks.of(extent)].append(packed)
+
+    def _wall_s(self, clock_s: float) -> float:
+        return time.time() - (self._clock() - clock_s)

@@ -1,0 +1,141 @@
+"""Bringing blocks from NVMe into DRAM: split into transfers, coalesced, settled on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, BlockHash, DropReason, Rows, Slots
+from kvservice.errors import Overloaded
+from kvservice.metrics import Metrics
+from kvservice.nvme import ReadResult
+from kvservice.store.arrivals import Arrival, Landing
+from kvservice.store.disks import Disk, Disks
+from kvservice.store.namespace import Namespace
+from kvservice.transfers import Priority
+
+_TRANSFER_BYTES_MAX = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a transfer brought, and how long the disk took."""
+
+    landings: list[Landing]
+    seconds: float
+
+
+class Promotion:
+    """Starts reads and files their results."""
+
+    def __init__(self, disks: Disks, metrics: Metrics, *, clock: Callable[[], float]) -> None:
+        self._disks = disks
+        self._metrics = metrics
+        self._clock = clock
+
+    def start(self, namespace: Namespace, rows: Rows, slots: Slots, priority: Priority) -> None:
+        """Read the blocks of `rows` (chain order, on readable extents) into `slots`.
+
+        The slots are the caller's (one holder each); the transfers hold them besides. What the
+        queue has no room for is settled as offline at once.
+        """
+        namespace.index.attach_slots(rows, slots)
+        namespace.pool.row_of[slots] = rows
+        namespace.pool.hold(slots)
+        for run in self._runs(namespace, rows):
+            self._submit(namespace, rows[run], slots[run], priority)
+
+    def join(self, namespace: Namespace, rows: Sequence[int]) -> None:
+        """Somebody waits for these arriving blocks: their transfers become as urgent as a Get's."""
+        for row in rows:
+            arrival = namespace.arrivals.get(row)
+            if arrival is not None and arrival.transfer is not None:
+                disk = self._disks.of(int(namespace.index.extent[row]))
+                disk.transfers.hurry(arrival.transfer, Priority.GET)
+
+    def _runs(self, namespace: Namespace, rows: Rows) -> list[slice]:
+        """Consecutive blocks of one disk, a few MiB each; the very first block goes alone."""
+        at_once = max(1, _TRANSFER_BYTES_MAX // namespace.stride_bytes)
+        disks = [id(self._disks.of(extent)) for extent in namespace.index.extent[rows].tolist()]
+        runs, start = [], 0
+        for position in range(1, len(rows) + 1):
+            is_full = position - start == (1 if start == 0 else at_once)
+            if position == len(rows) or is_full or disks[position] != disks[start]:
+                runs.append(slice(start, position))
+                start = position
+        return runs
+
+    def _submit(self, namespace: Namespace, rows: Rows, slots: Slots, priority: Priority) -> None:
+        index, size_bytes = namespace.index, namespace.spec.block_size_bytes
+        disk = self._disks.of(int(index.extent[rows[0]]))
+        jobs = [
+            (self._disks.local(extent), index.hash_of(row), namespace.pool.memory(slot, namespace.stride_bytes))
+            for extent, row, slot in zip(index.extent[rows].tolist(), rows.tolist(), slots.tolist(), strict=True)
+        ]
+        arrival = Arrival(rows.tolist(), asyncio.get_running_loop().create_future())
+        for row in arrival.rows:
+            namespace.arrivals[row] = arrival
+
+        def settle(outcome: Sequence[Landing] | BaseException) -> None:
+            if isinstance(outcome, OSError):
+                disk.fail(str(outcome))
+            landings = outcome if isinstance(outcome, Sequence) else [Landing.TIER_OFFLINE] * len(rows)
+            self._settle(namespace, arrival, slots, landings)
+
+        try:
+            transfer = disk.transfers.submit(priority, lambda: self._read(disk, namespace, jobs))
+        except Overloaded:
+            settle([Landing.TIER_OFFLINE] * len(rows))
+            return
+        arrival.transfer = transfer
+
+        def done(future: asyncio.Future[_Read]) -> None:
+            if future.cancelled():
+                settle([Landing.GONE] * len(rows))
+            elif (error := future.exception()) is not None:
+                settle(error)
+            else:
+                read = future.result()
+                disk.took(read.seconds, len(rows) * size_bytes)
+                self._metrics.nvme_read_seconds.inc(read.seconds)
+                settle(read.landings)
+
+        transfer.done.add_done_callback(done)
+
+    def _read(self, disk: Disk, namespace: Namespace, jobs: Sequence[tuple[int, BlockHash, memoryview]]) -> _Read:
+        """In a thread: the blocks of one transfer, one after the other."""
+        landings = []
+        started_s = time.monotonic()
+        for extent, block_hash, memory in jobs:
+            with memory:
+                result = disk.volume.read(extent, namespace.spec, block_hash, memory)
+            landings.append(Landing.OK if result is ReadResult.OK else Landing.CORRUPT)
+        return _Read(landings, time.monotonic() - started_s)
+
+    def _settle(self, namespace: Namespace, arrival: Arrival, slots: Slots, landings: Sequence[Landing]) -> None:
+        """On the event loop: the bytes are there, or are not going to be."""
+        index, pool = namespace.index, namespace.pool
+        by_row: dict[int, Landing] = {}
+        for row, slot, landing in zip(arrival.rows, slots.tolist(), landings, strict=True):
+            by_row[row] = landing
+            if namespace.arrivals.get(row) is not arrival or pool.row_of[slot] != row:
+                by_row[row] = Landing.GONE  # dropped while it was read
+                continue
+            del namespace.arrivals[row]
+            if landing is Landing.OK:
+                index.arriving[row] = False
+            elif landing is Landing.CORRUPT:
+                self._metrics.checksum_failures.inc()
+                namespace.drop_subtrees([row], DropReason.CORRUPT, self._clock())
+            else:
+                pool.row_of[slot] = NO_ROW
+                index.detach_slot(row)
+        namespace.end_hold(slots)
+        arrived = np.array([row for row, landing in by_row.items() if landing is Landing.OK], dtype=np.int32)
+        self._metrics.nvme_read_bytes.inc(len(arrived) * namespace.spec.block_size_bytes)
+        if not arrival.landed.done():
+            arrival.landed.set_result(by_row)

@@ -1,0 +1,190 @@
+"""Lookup, Get and Prefetch: the longest prefix that can be read, from DRAM or on its way there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+
+from kvservice.blocks import NO_EXTENT, NO_SLOT, Chain, Rows
+from kvservice.config import Config
+from kvservice.errors import CapacityExhausted
+from kvservice.leases import HoldKind
+from kvservice.sessions import session_key
+from kvservice.store import requests
+from kvservice.store.disks import Disks
+from kvservice.store.holds import Holds
+from kvservice.store.journal import Journal
+from kvservice.store.namespace import Namespace, Peer
+from kvservice.store.outcomes import Granted, Looked, Miss, Prefetched
+from kvservice.store.promotion import Promotion
+from kvservice.store.space import Space
+from kvservice.transfers import Priority
+
+
+class Reading:
+    """The reading calls of the store."""
+
+    def __init__(
+        self,
+        config: Config,
+        holds: Holds,
+        space: Space,
+        disks: Disks,
+        promotion: Promotion,
+        journal: Journal,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._holds = holds
+        self._space = space
+        self._disks = disks
+        self._promotion = promotion
+        self._journal = journal
+        self._clock = clock
+
+    def lookup(self, namespace: Namespace, packed: bytes) -> Looked:
+        """How many leading blocks are held, and how many of those lead in DRAM."""
+        chain = self._chain(namespace, packed)
+        hit = namespace.index.hit_length(chain)
+        miss = requests.miss_after(namespace, chain, hit)
+        if not self._disks.all_online:
+            readable = self._readable(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
+            hit, miss = (readable, Miss.TIER_OFFLINE) if readable < hit else (hit, miss)
+        return Looked(namespace.index.dram_length(chain, hit), hit, len(chain), miss)
+
+    async def get(
+        self,
+        instance: Peer,
+        namespace_of: Callable[[], Namespace],
+        packed: bytes,
+        *,
+        session_id: str,
+        request_id: str,
+        duration_s: float,
+        max_blocks: int,
+        attempt_id: int,
+    ) -> Granted:
+        """Lease the longest prefix; what is on NVMe only is being read when this returns.
+
+        Args:
+            namespace_of: asked again after every wait; raises where the attachment ended.
+        """
+        limit = max_blocks
+        while True:
+            namespace = namespace_of()
+            chain = self._chain(namespace, packed)
+            self._holds.leases.require_room(HoldKind.READ, instance.instance_id, attempt_id=attempt_id)
+            rows, miss = self._prefix(namespace, chain, limit)
+            on_nvme = namespace.index.slot[rows] == NO_SLOT
+            wanted = int(np.count_nonzero(on_nvme))
+            if wanted <= namespace.pool.free_slots:
+                break
+            try:
+                await self._make_room(namespace, rows[~on_nvme], wanted)
+            except CapacityExhausted:
+                # DRAM in use leaves room for a shorter prefix only; zero blocks would mean "all".
+                fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
+                if fitting == 0:
+                    rows, on_nvme, wanted, miss = rows[:0], on_nvme[:0], 0, Miss.OVER_LIMIT
+                    break
+                limit = min(fitting, len(rows) - 1)
+                if limit == 0:
+                    rows, on_nvme, wanted, miss = rows[:0], on_nvme[:0], 0, Miss.OVER_LIMIT
+                    break
+        counters = namespace.counters
+        counters.requested += len(chain)
+        counters.dram_hits += len(rows) - wanted
+        counters.nvme_hits += wanted
+        counters.misses += len(chain) - len(rows)
+        if not len(rows):
+            return Granted(0, 0.0, namespace.pool, (), rows, {}, 0, len(chain), miss)
+        slots = self._fetch(namespace, rows, on_nvme, Priority.GET)
+        namespace.touch(rows, self._clock())
+        namespace.index.uses[rows] += 1
+        if session_id:
+            namespace.sessions.extend(session_key(session_id), rows, int(rows[-1]))
+        self._journal.touched(namespace, rows, session_id)
+        hold_id, lease_s = self._holds.grant(
+            HoldKind.READ,
+            instance,
+            namespace,
+            slots,
+            session_id=session_id,
+            request_id=request_id,
+            asked_s=duration_s,
+            attempt_id=attempt_id,
+        )
+        pending = {
+            int(position): namespace.arrivals[int(rows[position])]
+            for position in np.flatnonzero(namespace.index.arriving[rows])
+        }
+        missed = len(chain) - len(rows)
+        return Granted(hold_id, lease_s, namespace.pool, rows.tolist(), slots, pending, wanted, missed, miss)
+
+    async def prefetch(self, namespace_of: Callable[[], Namespace], packed: bytes) -> Prefetched:
+        """Start reading what is on NVMe only into free or evictable DRAM; nobody waits for it."""
+        namespace = namespace_of()
+        chain = self._chain(namespace, packed)
+        rows, miss = self._prefix(namespace, chain, 0)
+        on_nvme = namespace.index.slot[rows] == NO_SLOT
+        wanted = int(np.count_nonzero(on_nvme))
+        if wanted > namespace.pool.free_slots:
+            with suppress(CapacityExhausted):  # then as far as it fits
+                await self._make_room(namespace, rows[~on_nvme], wanted)
+            namespace = namespace_of()
+            rows, miss = self._prefix(namespace, chain, 0)
+            on_nvme = namespace.index.slot[rows] == NO_SLOT
+            fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
+            rows, on_nvme = rows[:fitting], on_nvme[:fitting]
+        started = int(np.count_nonzero(on_nvme))
+        slots = self._fetch(namespace, rows, on_nvme, Priority.PREFETCH)
+        # The transfers hold what they read; the caller of a Prefetch holds nothing.
+        namespace.end_hold(slots)
+        return Prefetched(len(rows) - started, started, len(chain) - len(rows), miss)
+
+    def _fetch(self, namespace: Namespace, rows: Rows, on_nvme: np.ndarray, priority: Priority) -> np.ndarray:
+        """The slots of all rows, each with one more holder; those on NVMe are being read into new ones."""
+        slots: np.ndarray = namespace.index.slot[rows]
+        namespace.pool.hold(slots[~on_nvme])
+        if priority is Priority.GET and namespace.arrivals:
+            self._promotion.join(namespace, rows[namespace.index.arriving[rows]].tolist())
+        if on_nvme.any():
+            slots[on_nvme] = namespace.pool.allocate(int(np.count_nonzero(on_nvme)))
+            self._promotion.start(namespace, rows[on_nvme], slots[on_nvme], priority)
+        return slots
+
+    def _prefix(self, namespace: Namespace, chain: Chain, limit: int) -> tuple[Rows, Miss]:
+        """Rows of the longest readable prefix of at most `limit` blocks (0: all), and why it ends."""
+        index = namespace.index
+        hit = index.hit_length(chain)
+        leased = min(hit, limit) if limit else hit
+        rows = index.rows_of(chain.hashes(count=leased))
+        readable = self._readable(namespace, rows)
+        if readable < leased:
+            return rows[:readable], Miss.TIER_OFFLINE
+        return rows, Miss.OVER_LIMIT if leased < hit else requests.miss_after(namespace, chain, hit)
+
+    def _readable(self, namespace: Namespace, rows: Rows) -> int:
+        """How many leading rows are in DRAM or on a disk that is online."""
+        if self._disks.all_online:
+            return len(rows)
+        index = namespace.index
+        extents = index.extent[rows]
+        lost = (index.slot[rows] == NO_SLOT) & (extents != NO_EXTENT)
+        lost[lost] = ~self._disks.readable(extents[lost])
+        return int(np.argmax(lost)) if lost.any() else len(rows)
+
+    async def _make_room(self, namespace: Namespace, in_dram: Rows, wanted: int) -> None:
+        """Make room for promoted blocks without evicting the blocks in front of them."""
+        pinned = namespace.index.slot[in_dram]
+        namespace.pool.hold(pinned)
+        try:
+            await self._space.make_room(namespace, wanted)
+        finally:
+            namespace.end_hold(pinned)
+
+    def _chain(self, namespace: Namespace, packed: bytes) -> Chain:
+        return requests.chain(namespace, packed, hashes_max=self._config.hashes_per_call_max)

@@ -1,0 +1,244 @@
+"""Makes committed blocks durable within seconds, without anybody waiting for it.
+
+One task takes committed blocks in batches, fronts of chains first, and does for each batch: reserve
+extents, write the payloads (several transfers side by side), flush, then record them in the journal.
+Only then does the index say that the blocks are on NVMe; until then they are *dirty* and stay in
+DRAM. Blocks that no disk takes (offline, full of what is warmer) stop being dirty: they live in DRAM
+only, and leave the store from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Rows, Slots
+from kvservice.checksums import checksum_of
+from kvservice.config import Config
+from kvservice.errors import CapacityExhausted, Overloaded
+from kvservice.index import State
+from kvservice.logs import event_log
+from kvservice.metrics import Metrics
+from kvservice.store.disks import Disk, Disks
+from kvservice.store.journal import Journal
+from kvservice.store.namespace import Namespace
+from kvservice.transfers import Priority
+
+_BATCH_BYTES = 256 * 1024 * 1024
+_TRANSFER_BYTES = 16 * 1024 * 1024
+_BUSY_RETRY_S = 0.05
+
+_log = event_log(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One block of a batch, as the writing threads need it."""
+
+    row: int
+    block_hash: BlockHash
+    parent_hash: bytes
+    slot: int
+    extent: int
+    known_checksum: int | None
+
+
+class WriteBehind:
+    """The queue of dirty blocks and the task that works it off."""
+
+    def __init__(
+        self, config: Config, disks: Disks, journal: Journal, metrics: Metrics, *, clock: Callable[[], float]
+    ) -> None:
+        self._config = config
+        self._disks = disks
+        self._journal = journal
+        self._metrics = metrics
+        self._clock = clock
+        self._queue: deque[tuple[float, Namespace, Rows]] = deque()
+        self._wake = asyncio.Event()
+        self._is_hurried = False
+        self._progress = asyncio.Condition()
+
+    @property
+    def queued_blocks(self) -> int:
+        """Blocks that are not durable yet."""
+        return sum(len(rows) for _, _, rows in self._queue)
+
+    def submit(self, namespace: Namespace, rows: Rows) -> None:
+        """These rows were committed. Never blocks."""
+        if self._disks.can_write:
+            namespace.index.dirty[rows] = True
+            self._queue.append((time.monotonic(), namespace, rows))
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Work the queue off until cancelled."""
+        while True:
+            await self._wait_for_batch()
+            await self.write_batch()
+
+    async def write_batch(self) -> None:
+        """Make the oldest batch durable, or give it up. Wakes those who wait for progress."""
+        batch = self._take_batch()
+        for namespace, rows in batch:
+            await self._write(namespace, rows)
+        async with self._progress:
+            self._progress.notify_all()
+
+    async def flush(self, deadline_s: float) -> bool:
+        """Write everything queued now; whether that was done by the monotonic deadline."""
+        self._is_hurried = True
+        self._wake.set()
+        while self._queue:
+            remaining_s = deadline_s - time.monotonic()
+            if remaining_s <= 0 or not await self.wait_for_progress(remaining_s):
+                return not self._queue
+        return True
+
+    async def wait_for_progress(self, timeout_s: float) -> bool:
+        """Wait until a batch became durable or was given up; whether one did."""
+        self._is_hurried = True
+        self._wake.set()
+        try:
+            async with self._progress:
+                await asyncio.wait_for(self._progress.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _wait_for_batch(self) -> None:
+        """Until the oldest block is due, or there is a batch's worth of bytes, or somebody hurries."""
+        while True:
+            self._wake.clear()
+            if self._queue:
+                # Half of the window, so that the other half remains for the writing itself.
+                due_in_s = self._queue[0][0] + self._config.nvme_write_behind_s / 2 - time.monotonic()
+                queued_bytes = sum(len(rows) * namespace.stride_bytes for _, namespace, rows in self._queue)
+                if due_in_s <= 0 or queued_bytes >= _BATCH_BYTES or self._is_hurried:
+                    self._is_hurried = False
+                    return
+                timeout_s: float | None = due_in_s
+            else:
+                timeout_s = None
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout_s)
+            except TimeoutError:
+                continue
+
+    def _take_batch(self) -> list[tuple[Namespace, Rows]]:
+        batch: list[tuple[Namespace, Rows]] = []
+        size_bytes = 0
+        while self._queue and size_bytes < _BATCH_BYTES:
+            _, namespace, rows = self._queue.popleft()
+            batch.append((namespace, rows))
+            size_bytes += len(rows) * namespace.stride_bytes
+        return batch
+
+    async def _write(self, namespace: Namespace, rows: Rows) -> None:
+        index = namespace.index
+        rows = rows[index.dirty[rows] & (index.slot[rows] != NO_SLOT) & (index.state[rows] == State.RESIDENT)]
+        if not len(rows):
+            return
+        slots: Slots = index.slot[rows]
+        namespace.pool.hold(slots)
+        extents: list[int] = []
+        try:
+            disk, extents = self._reserve(namespace, len(rows))
+            blocks = self._blocks(namespace, rows, slots, extents)
+            started_s = time.monotonic()
+            checksums = await self._write_payloads(disk, namespace, blocks)
+            self._metrics.nvme_written_seconds.inc(time.monotonic() - started_s)
+            self._file(namespace, blocks, checksums)
+            extents = []
+            await self._journal.append(disk)
+        except (CapacityExhausted, Overloaded, OSError) as error:
+            # Given up: the blocks live on in DRAM only, and may leave from there.
+            self._disks.release(extents)
+            self._metrics.nvme_given_up_blocks.inc(len(rows))
+            if isinstance(error, OSError):
+                _log.warning("write_behind_failed", why=str(error), blocks=len(rows))
+        finally:
+            owned = namespace.pool.row_of[slots] == rows
+            index.dirty[rows[owned]] = False
+            namespace.end_hold(slots)
+
+    def _reserve(self, namespace: Namespace, count: int) -> tuple[Disk, list[int]]:
+        try:
+            return self._disks.reserve(namespace.spec, count)
+        except CapacityExhausted:
+            if not self._disks.can_write or namespace.evict_from_nvme(count, self._clock()) == 0:
+                raise
+            return self._disks.reserve(namespace.spec, count)
+
+    def _blocks(self, namespace: Namespace, rows: Rows, slots: Slots, extents: Sequence[int]) -> list[_Block]:
+        index = namespace.index
+        return [
+            _Block(
+                row=row,
+                block_hash=index.hash_of(row),
+                parent_hash=b"" if parent == NO_ROW else index.hash_of(parent),
+                slot=slot,
+                extent=extent,
+                known_checksum=int(checksum) if is_known else None,
+            )
+            for row, parent, slot, extent, checksum, is_known in zip(
+                rows.tolist(),
+                index.parent[rows].tolist(),
+                slots.tolist(),
+                extents,
+                index.checksum[rows].tolist(),
+                index.checksummed[rows].tolist(),
+                strict=True,
+            )
+        ]
+
+    async def _write_payloads(self, disk: Disk, namespace: Namespace, blocks: Sequence[_Block]) -> list[int]:
+        """Write side by side, then flush; returns the checksums. Raises OSError, Overloaded."""
+        at_once = max(1, _TRANSFER_BYTES // namespace.stride_bytes)
+        groups = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
+        transfers = [
+            disk.transfers.submit(Priority.WRITE, partial(self._write_group, disk, namespace, group))
+            for group in groups
+        ]
+        try:
+            written = await asyncio.gather(*(transfer.done for transfer in transfers))
+            await disk.transfers.submit(Priority.WRITE, disk.volume.flush).done
+        except OSError as error:
+            disk.fail(str(error))
+            # Nobody may free the slots or extents while a thread still writes from one to the other.
+            await asyncio.gather(*(transfer.done for transfer in transfers), return_exceptions=True)
+            raise
+        return [checksum for group in written for checksum in group]
+
+    def _write_group(self, disk: Disk, namespace: Namespace, group: Sequence[_Block]) -> list[int]:
+        """In a thread."""
+        size_bytes = namespace.spec.block_size_bytes
+        checksums = []
+        for block in group:
+            with namespace.pool.memory(block.slot, namespace.stride_bytes) as memory:
+                known = block.known_checksum
+                checksum = checksum_of(memory[:size_bytes]) if known is None else known
+                local = self._disks.local(block.extent)
+                disk.volume.write(local, namespace.spec, block.block_hash, memory, checksum)
+            checksums.append(checksum)
+        return checksums
+
+    def _file(self, namespace: Namespace, blocks: Sequence[_Block], checksums: Sequence[int]) -> None:
+        """The payloads are durable: the index knows, the journal will."""
+        index = namespace.index
+        for block, checksum in zip(blocks, checksums, strict=True):
+            if namespace.pool.row_of[block.slot] != block.row:
+                self._disks.release([block.extent])  # dropped while it was written
+                continue
+            assert index.extent[block.row] == NO_EXTENT, "a dirty block is on NVMe already"
+            index.extent[block.row] = block.extent
+            index.checksum[block.row] = checksum
+            index.checksummed[block.row] = True
+            self._journal.stored(namespace, block.row, block.parent_hash, block.extent, checksum)
+            for session in namespace.sessions.of_tip(block.row):
+                self._journal.session(namespace, block.extent, session)
+        self._metrics.nvme_written_bytes.inc(len(blocks) * namespace.spec.block_size_bytes)
