@@ -29,12 +29,12 @@ BLOCK_BYTES = 64
 Answer = TypeVar("Answer")
 
 
-def at_once(work: Coroutine[Any, Any, Result]) -> Result:
+def at_once(work: Coroutine[Any, Any, Answer]) -> Answer:
     """The result of a coroutine that needs to wait for nothing."""
     try:
         work.send(None)
     except StopIteration as done:
-        result: Result = done.value
+        result: Answer = done.value
         return result
     raise AssertionError("it waits")
 

@@ -128,7 +128,7 @@ def test_every_reason_and_tier_has_its_word_in_the_contract() -> None:
 
 @pytest.mark.parametrize(("held", "asked"), [(0, 1), (0, 5), (3, 5), (4, 5), (5, 5), (1, 1)])
 def test_lookup_and_prefetch_say_what_is_held_why_it_ends_and_what_is_cut_off(held: int, asked: int) -> None:
-    looked = outcomes.Looked(held, asked, Miss.BEING_WRITTEN)
+    looked = outcomes.Looked(held, held, asked, Miss.BEING_WRITTEN)
     expected: list[tuple[int, object]] = [(held, pb.TIER_DRAM)] if held else []
     if held < asked:
         expected.append((1, pb.MISS_REASON_BEING_WRITTEN))
@@ -137,7 +137,7 @@ def test_lookup_and_prefetch_say_what_is_held_why_it_ends_and_what_is_cut_off(he
     looked_up = messages.lookup_response(looked)
     assert looked_up.hit_blocks == held
     assert [(run.blocks, run.held or run.miss) for run in looked_up.runs] == expected
-    prefetched = messages.prefetch_response(looked)
+    prefetched = messages.prefetch_response(outcomes.Prefetched(held, 0, asked - held, Miss.BEING_WRITTEN))
     assert [(run.blocks, run.held or run.miss) for run in prefetched.runs] == expected
 
 
@@ -156,7 +156,7 @@ def test_handles_are_runs_of_one_segment_each(pool: SlotPool) -> None:
 def test_a_get_hands_out_the_prefix_and_says_why_it_ends(pool: SlotPool) -> None:
     slots = np.array([0, 1], dtype=np.int32)
     first = pool.live_segments()[0][1].segment_id
-    response = messages.get_response(outcomes.Granted(77, 30.5, pool, slots, 3, Miss.NOT_HELD))
+    response = messages.get_response(outcomes.Granted(77, 30.5, pool, [0, 1], slots, {}, 0, 3, Miss.NOT_HELD))
     assert (response.lease_id, response.lease_ms) == (77, 30_500)
     assert list(response.runs) == [
         pb.GetRun(blocks=2, handles=handles(first, [0, 1])),
@@ -167,17 +167,17 @@ def test_a_get_hands_out_the_prefix_and_says_why_it_ends(pool: SlotPool) -> None
 
 def test_blocks_over_the_callers_limit_are_all_over_the_limit(pool: SlotPool) -> None:
     slots = np.array([0], dtype=np.int32)
-    response = messages.get_response(outcomes.Granted(77, 30.0, pool, slots, 3, Miss.OVER_LIMIT))
+    response = messages.get_response(outcomes.Granted(77, 30.0, pool, [0], slots, {}, 0, 3, Miss.OVER_LIMIT))
     assert [(run.blocks, run.miss) for run in response.runs[1:]] == [(3, pb.MISS_REASON_OVER_LIMIT)]
 
 
 def test_a_get_of_nothing_has_no_lease(pool: SlotPool) -> None:
-    response = messages.get_response(outcomes.Granted(0, 0.0, pool, NO_SLOTS, 1, Miss.NOT_HELD))
+    response = messages.get_response(outcomes.Granted(0, 0.0, pool, [], NO_SLOTS, {}, 0, 1, Miss.NOT_HELD))
     assert response == pb.GetResponse(runs=[pb.GetRun(blocks=1, miss=pb.MISS_REASON_NOT_HELD)])
 
 
 def test_a_full_hit_has_no_miss(pool: SlotPool) -> None:
-    response = messages.get_response(outcomes.Granted(5, 1.0, pool, np.array([4, 5], dtype=np.int32), 0, Miss.NOT_HELD))
+    response = messages.get_response(outcomes.Granted(5, 1.0, pool, [4, 5], np.array([4, 5], dtype=np.int32), {}, 0, 0, Miss.NOT_HELD))
     assert [(run.blocks, run.WhichOneof("outcome")) for run in response.runs] == [(2, "handles")]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvservice import errors
 from kvservice.instances import Identity
-from tests.stores import Workplace, chain, spec_of
+from tests.stores import Workplace, at_once, chain, spec_of
 
 HASHES_MAX = 20
 LIMITS = {
@@ -51,8 +51,10 @@ class Scene:
 
     def get(self, packed: bytes, namespace_id: int = 1) -> Any:
         # By the other engine, which may have another lease.
-        return self.store.get(
-            self.other.peer, namespace_id, packed, session_id="s", request_id="r", duration_s=0.0, max_blocks=0
+        return at_once(
+            self.store.get(
+                self.other.peer, namespace_id, packed, session_id="s", request_id="r", duration_s=0.0, max_blocks=0
+            )
         )
 
     def put(self, packed: bytes, parent: bytes = b"", namespace_id: int = 1) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from kvservice import errors
 from kvservice.leases import HoldKind
 from kvservice.store.outcomes import Committed, Ended, Granted, Reserved, Written
-from tests.stores import PAGE_BYTES, Engine, Workplace, chain, content_of, small_config, spec_of
+from tests.stores import PAGE_BYTES, Engine, Workplace, at_once, chain, content_of, small_config, spec_of
 
 pytestmark = pytest.mark.unit
 
@@ -256,15 +256,17 @@ def attempt_put(workplace: Workplace, engine: Engine, attempt_id: int, name: str
 
 
 def attempt_get(workplace: Workplace, engine: Engine, attempt_id: int) -> Granted:
-    return workplace.store.get(
-        engine.peer,
-        1,
-        b"".join(chain("a", 2)),
-        session_id="",
-        request_id="",
-        duration_s=0.0,
-        max_blocks=0,
-        attempt_id=attempt_id,
+    return at_once(
+        workplace.store.get(
+            engine.peer,
+            1,
+            b"".join(chain("a", 2)),
+            session_id="",
+            request_id="",
+            duration_s=0.0,
+            max_blocks=0,
+            attempt_id=attempt_id,
+        )
     )
 
 

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.unit
 def test_what_is_committed_is_readable_by_everybody_of_the_namespace(workplace: Workplace, engine: Engine) -> None:
     other = workplace.engine()
     hashes = chain("a", 5)
-    assert engine.lookup(hashes) == Looked(0, 5, Miss.NOT_HELD)
+    assert engine.lookup(hashes) == Looked(0, 0, 5, Miss.NOT_HELD)
     workplace.save(engine, hashes)
-    assert other.lookup(hashes) == Looked(5, 5, Miss.NOT_HELD)
+    assert other.lookup(hashes) == Looked(5, 5, 5, Miss.NOT_HELD)
     assert other.load(hashes) == [content_of(block_hash) for block_hash in hashes]
-    assert other.lookup([*hashes, *chain("x", 2)]) == Looked(5, 7, Miss.NOT_HELD)
-    assert other.lookup(hashes[:2]) == Looked(2, 2, Miss.NOT_HELD)
+    assert other.lookup([*hashes, *chain("x", 2)]) == Looked(5, 5, 7, Miss.NOT_HELD)
+    assert other.lookup(hashes[:2]) == Looked(2, 2, 2, Miss.NOT_HELD)
 
 
 def test_nothing_is_readable_before_its_commit(workplace: Workplace, engine: Engine) -> None:
@@ -29,7 +29,7 @@ def test_nothing_is_readable_before_its_commit(workplace: Workplace, engine: Eng
     reserved = workplace.put(engine, hashes)
     assert reserved.known == []
     assert len(reserved.slots) == 3
-    assert engine.lookup(hashes) == Looked(0, 3, Miss.BEING_WRITTEN)
+    assert engine.lookup(hashes) == Looked(0, 0, 3, Miss.BEING_WRITTEN)
     granted = engine.get(hashes)
     assert (granted.hold_id, len(granted.slots), granted.missed, granted.miss) == (0, 0, 3, Miss.BEING_WRITTEN)
     assert engine.commit(reserved) == [(3, Committed.PUBLISHED)]
@@ -92,7 +92,7 @@ def test_commit_returns_the_reservation_bit_by_bit(workplace: Workplace, engine:
     hashes = chain("a", 5)
     reserved = workplace.put(engine, hashes)
     assert engine.commit(reserved, [0, 1]) == [(2, Committed.PUBLISHED)]
-    assert engine.lookup(hashes) == Looked(2, 5, Miss.BEING_WRITTEN)
+    assert engine.lookup(hashes) == Looked(2, 2, 5, Miss.BEING_WRITTEN)
     # Later ones first: they wait for the one in between.
     assert engine.commit(reserved, [4, 3]) == [(2, Committed.AWAITING_PARENT)]
     assert engine.lookup(hashes).dram_blocks == 2
@@ -107,7 +107,7 @@ def test_what_was_committed_stays_when_the_rest_is_aborted(workplace: Workplace,
     reserved = workplace.put(engine, hashes)
     engine.commit(reserved, [0, 1])
     assert workplace.store.abort(engine.peer, reserved.hold_id) is False
-    assert engine.lookup(hashes) == Looked(2, 4, Miss.NOT_HELD)
+    assert engine.lookup(hashes) == Looked(2, 2, 4, Miss.NOT_HELD)
     assert engine.namespace.pool.free_slots == 2
     workplace.store.check()
 
@@ -116,7 +116,7 @@ def test_aborting_leaves_no_trace_but_in_the_history(workplace: Workplace, engin
     hashes = chain("a", 3)
     reserved = workplace.put(engine, hashes)
     workplace.store.abort(engine.peer, reserved.hold_id)
-    assert engine.lookup(hashes) == Looked(0, 3, Miss.NOT_HELD)
+    assert engine.lookup(hashes) == Looked(0, 0, 3, Miss.NOT_HELD)
     assert engine.namespace.pool.free_slots == 4
     assert list(workplace.store.leases) == []
     dropped = finding(workplace, hashes[0])
@@ -161,7 +161,7 @@ def test_a_second_writer_may_go_on_behind_the_first(workplace: Workplace, engine
     engine.write(first.slots, [content_of(block_hash) for block_hash in hashes[:2]])
     other.write(second.slots, [content_of(block_hash) for block_hash in hashes[2:]])
     assert other.commit(second) == [(2, Committed.AWAITING_PARENT)]
-    assert other.lookup(hashes) == Looked(0, 4, Miss.BEING_WRITTEN)
+    assert other.lookup(hashes) == Looked(0, 0, 4, Miss.BEING_WRITTEN)
     # A third one sees all of it as being written, the committed part too: it cannot be read yet.
     assert workplace.put(engine, hashes).known == [(4, Written.BEING_WRITTEN)]
     assert engine.commit(first) == [(2, Committed.PUBLISHED)]
