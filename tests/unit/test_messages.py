@@ -177,7 +177,9 @@ def test_a_get_of_nothing_has_no_lease(pool: SlotPool) -> None:
 
 
 def test_a_full_hit_has_no_miss(pool: SlotPool) -> None:
-    response = messages.get_response(outcomes.Granted(5, 1.0, pool, [4, 5], np.array([4, 5], dtype=np.int32), {}, 0, 0, Miss.NOT_HELD))
+    response = messages.get_response(
+        outcomes.Granted(5, 1.0, pool, [4, 5], np.array([4, 5], dtype=np.int32), {}, 0, 0, Miss.NOT_HELD)
+    )
     assert [(run.blocks, run.WhichOneof("outcome")) for run in response.runs] == [(2, "handles")]
 
 
