@@ -24,9 +24,9 @@ def check(
         holders[hold.namespace][hold.slots] += 1
     for key, namespace in namespaces.items():
         namespace.check()
-        # A batch that is being checksummed has one more holder for a moment.
+        # While bytes move: a checksum, a write to NVMe and a read from there hold a slot each.
         extra = namespace.pool.holders - holders[key]
-        assert ((extra == 0) | (extra == 1)).all(), f"{namespace.spec.label}: holders without a lease"
+        assert ((extra >= 0) & (extra <= 3)).all(), f"{namespace.spec.label}: holders without a lease"
     used_bytes = sum(namespace.pool.size_bytes for namespace in namespaces.values())
     used_bytes += space.in_flight_bytes
     assert used_bytes == space.arena.used_bytes, "the arena's bytes are not those of the segments"

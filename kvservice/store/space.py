@@ -86,6 +86,8 @@ class Space:
                 return
         evictable = namespace.evictable_slots(missing)
         if missing > evictable:
+            if namespace.index.dirty.any() and await self._until_written(_WRITE_WAIT_S):
+                return  # some were in use only because they were being written to NVMe
             raise self._refusal(namespace, slots_wanted, evictable)
         reason = DropReason.QUOTA if self._is_at_quota(namespace) else DropReason.CAPACITY
         if namespace.evict(missing, reason, self._clock()) >= missing:

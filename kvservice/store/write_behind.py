@@ -61,12 +61,18 @@ class WriteBehind:
         self._queue: deque[tuple[float, Namespace, Rows]] = deque()
         self._wake = asyncio.Event()
         self._is_hurried = False
+        self._is_writing = False
         self._progress = asyncio.Condition()
 
     @property
     def queued_blocks(self) -> int:
         """Blocks that are not durable yet."""
         return sum(len(rows) for _, _, rows in self._queue)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch is being written."""
+        return self._is_writing
 
     def submit(self, namespace: Namespace, rows: Rows) -> None:
         """These rows were committed. Never blocks."""
@@ -84,8 +90,12 @@ class WriteBehind:
     async def write_batch(self) -> None:
         """Make the oldest batch durable, or give it up. Wakes those who wait for progress."""
         batch = self._take_batch()
-        for namespace, rows in batch:
-            await self._write(namespace, rows)
+        self._is_writing = True
+        try:
+            for namespace, rows in batch:
+                await self._write(namespace, rows)
+        finally:
+            self._is_writing = False
         async with self._progress:
             self._progress.notify_all()
 

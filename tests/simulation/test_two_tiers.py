@@ -1,0 +1,296 @@
+"""Both tiers under one store, against a dictionary: only a miss may differ, never a byte.
+
+Real files, real threads, a seeded stream of operations: saves, loads, prefetches, write-behind, forgetting, restarts
+with and without notice, damaged bytes on disk, a disk that goes away and comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from kvservice.blocks import DropReason
+from kvservice.errors import CapacityExhausted
+from kvservice.instances import Identity
+from kvservice.metrics import Metrics
+from kvservice.store import Store, explain
+from kvservice.store.arrivals import Landing
+from kvservice.store.disks import DiskState
+from kvservice.store.outcomes import Granted, Held, Miss
+from tests.stores import Clock, Engine, chain, content_of, small_config, spec_of
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
+
+MIB = 1 << 20
+STEPS = 120
+OPERATIONS = ["save"] * 4 + ["load"] * 5 + ["prefetch", "flush", "forget", "crash", "stop", "damage", "offline"]
+
+
+class Node:
+    """One daemon's store on a directory, with its background work; `crash` and `stop` end it, `start` begins anew."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.clock = Clock()
+        self.store: Store
+        self.engine: Engine
+        self._work: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        config = small_config(
+            nvme_dirs=str(self._directory), nvme_bytes=32 * MIB, nvme_segment_bytes=MIB, nvme_write_behind_s=0.02
+        )
+        self.store = Store(config, Metrics(version="0"), clock=self.clock)
+        await self.store.open_disks()
+        await self.store.recover()
+        self._work = [
+            asyncio.create_task(self.store.write_behind.run()),
+            asyncio.create_task(self.store.checksummer.run()),
+        ]
+        peer = self.store.connect(Identity("uid:1", process_id=1))
+        self.engine = Engine(self.store, peer)
+        await self.store.attach(peer, "engine", [spec_of()])
+
+    async def flush(self) -> None:
+        """Everything committed is durable."""
+        for task in self._work:
+            assert not task.done(), task.exception()
+        assert await self.store.write_behind.flush(asyncio.get_running_loop().time() + 10)
+        await self.quiet()
+        await self.store.journal.append_all()
+
+    async def quiet(self) -> None:
+        """No byte moves any more."""
+        while self.store.write_behind.is_busy or self.engine.namespace.arrivals:
+            await asyncio.sleep(0.001)
+
+    async def stop(self) -> None:
+        await self.flush()
+        await self.crash()
+
+    async def crash(self) -> None:
+        """End it now: what is not durable is lost."""
+        for task in self._work:
+            task.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
+        await self.quiet()
+        await self.store.close_disks()
+        self.store.close()
+
+    async def get(self, hashes: list[bytes], **arguments: int) -> Granted:
+        return await self.store.get(
+            self.engine.peer,
+            1,
+            b"".join(hashes),
+            session_id="",
+            request_id="",
+            duration_s=0.0,
+            max_blocks=arguments.get("max_blocks", 0),
+        )
+
+    async def load(self, hashes: list[bytes]) -> int:
+        """Load and compare every byte; how many leading blocks came."""
+        granted = await self.get(hashes)
+        came = len(granted.slots)
+        for position, arrival in granted.pending.items():
+            if (await arrival.landed)[granted.rows[position]] is not Landing.OK:
+                came = min(came, position)
+        for block_hash, content in zip(hashes, self.engine.read(granted.slots[:came]), strict=False):
+            assert content == content_of(block_hash), "a block came with bytes that are not its own"
+        if granted.hold_id:
+            self.store.release(self.engine.peer, [granted.hold_id])
+        return came
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[Node]:
+    node = Node(directory)
+    await node.start()
+    yield node
+    await node.stop()
+
+
+def damage(directory: Path, chance: random.Random) -> None:
+    """Flip one byte of a segment file or of the index."""
+    files = sorted((directory / "segments").iterdir()) + sorted((directory / "index").iterdir())
+    written = [file for file in files if file.stat().st_size]
+    if not written:
+        return
+    chosen = chance.choice(written)
+    with chosen.open("r+b") as file:
+        file.seek(chance.randrange(chosen.stat().st_size))
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ chance.randrange(1, 256)]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+
+    async def one_step(node: Node, lengths: dict[str, int]) -> None:
+        match chance.choice(
+            ["save"] * 4 + ["load"] * 5 + ["prefetch", "flush", "forget", "crash", "stop", "damage", "offline"]
+        ):
+            case "save":
+                name = f"c{chance.randrange(12)}"
+                lengths[name] = min(14, lengths.get(name, 0) + chance.randrange(1, 6))
+                with suppress(CapacityExhausted):  # it may not fit beside what is in front of it
+                    await node.engine.save(chain(name, lengths[name]), session_id=name)
+            case "load" if lengths:
+                name = chance.choice(sorted(lengths))
+                assert await node.load(chain(name, lengths[name])) <= lengths[name]
+            case "prefetch" if lengths:
+                name = chance.choice(sorted(lengths))
+                await node.store.prefetch(node.engine.peer, 1, b"".join(chain(name, lengths[name])))
+            case "flush":
+                await node.flush()
+            case "forget" if lengths:
+                name = chance.choice(sorted(lengths))
+                node.store.forget_session(node.engine.peer, 1, name)
+            case "crash":
+                await node.crash()
+                await node.start()
+            case "stop":
+                await node.stop()
+                if chance.random() < 0.5:
+                    damage(tmp_path, chance)
+                await node.start()
+            case "damage":
+                damage(tmp_path, chance)
+            case "offline":
+                node.store.disks.disks[0].fail("the test says so")
+                for name in sorted(lengths)[:3]:
+                    await node.load(chain(name, lengths[name]))
+                node.store.disks.disks[0].state = DiskState.ONLINE
+        await node.quiet()
+        node.store.check()
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.start()
+        lengths: dict[str, int] = {}
+        for _ in range(STEPS):
+            await one_step(node, lengths)
+        await node.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_durable_is_found_again_with_its_recency_and_sessions(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.start()
+        for number in range(10):
+            await node.engine.save(chain(f"c{number}", 6), session_id=f"s{number}")
+        await node.flush()
+        await node.crash()
+        await node.start()
+        assert node.store.recovered_blocks == 60
+        assert [await node.load(chain(f"c{number}", 6)) for number in range(10)] == [6] * 10
+        await node.flush()
+        await node.crash()
+        await node.start()
+        forgotten = node.store.forget_session(node.engine.peer, 1, "s3")
+        assert forgotten.dropped == 6
+        await node.stop()
+        await node.start()
+        assert [await node.load(chain(f"c{number}", 6)) for number in range(10)] == [6, 6, 6, 0, 6, 6, 6, 6, 6, 6]
+        await node.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_block_damaged_on_disk_is_a_miss_with_a_reason_and_the_rest_is_served(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.start()
+        await node.engine.save(chain("a", 5))
+        await node.engine.save(chain("b", 5))
+        await node.stop()
+        segment = next((tmp_path / "segments").iterdir())
+        content = bytearray(segment.read_bytes())
+        at = content.index(content_of(chain("a", 5)[2]))
+        content[at + 7] ^= 1
+        segment.write_bytes(content)
+        await node.start()
+        assert await node.load(chain("a", 5)) == 2
+        assert await node.load(chain("b", 5)) == 5
+        spec = spec_of()
+        found = explain(node.store.namespaces.values(), spec.key.tenant, chain("a", 5)[2], b"", node.clock())
+        assert found[0].finding.reason is DropReason.CORRUPT  # type: ignore[union-attr]
+        await node.stop()
+
+    asyncio.run(scenario())
+
+
+def test_blocks_leave_dram_for_nvme_and_come_back_inclusive(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as node:
+            for number in range(8):  # 48 blocks through 16 slots
+                await node.engine.save(chain(f"c{number}", 6))
+                await node.flush()
+            looked = node.engine.lookup(chain("c0", 6))
+            assert (looked.hit_blocks, looked.dram_blocks) == (6, 0)
+            written = node.store.disks.disks[0].volume.written_bytes
+            assert await node.load(chain("c0", 6)) == 6
+            finding = explain(
+                node.store.namespaces.values(), spec_of().key.tenant, chain("c0", 1)[0], b"", node.clock()
+            )[0].finding
+            assert isinstance(finding, Held)
+            assert [tier.value for tier in finding.tiers] == ["dram", "nvme"]
+            for number in range(1, 8):
+                assert await node.load(chain(f"c{number}", 6)) == 6
+            assert node.store.disks.disks[0].volume.written_bytes == written, "demoting again wrote again"
+
+    asyncio.run(scenario())
+
+
+def test_an_offline_disk_is_misses_with_a_reason_while_dram_serves(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as node:
+            for number in range(4):
+                await node.engine.save(chain(f"c{number}", 6))
+                await node.flush()
+            node.store.disks.disks[0].fail("the test says so")
+            granted = await node.get(chain("c0", 6))
+            assert (len(granted.slots), granted.miss) == (0, Miss.TIER_OFFLINE)
+            assert node.engine.lookup(chain("c0", 6)).miss is Miss.TIER_OFFLINE
+            assert await node.load(chain("c3", 6)) == 6
+            assert node.store.tiers()[1][1].state.startswith("offline")
+            node.store.disks.disks[0].state = DiskState.ONLINE
+            assert await node.load(chain("c0", 6)) == 6
+
+    asyncio.run(scenario())
+
+
+def test_a_directory_has_one_daemon(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path):
+            other = Node(tmp_path)
+            with pytest.raises(Exception, match="another process uses"):
+                await other.start()
+            other.store.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_disk_keeps_to_its_bound(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as node:
+            for number in range(700):  # more than 32 MiB of extents
+                await node.engine.save(chain(f"c{number}", 8))
+                if number % 50 == 0:
+                    await node.flush()
+                    used = sum(file.stat().st_blocks * 512 for file in tmp_path.rglob("*") if file.is_file())
+                    assert used <= 32 * MIB
+            await node.flush()
+            assert await node.load(chain("c699", 8)) == 8
+            assert node.engine.lookup(chain("c0", 8)).hit_blocks == 0, "the coldest left"
+
+    asyncio.run(scenario())
