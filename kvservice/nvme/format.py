@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -161,3 +161,34 @@ def _pages(data: bytes) -> Iterator[bytes]:
         page = data[start : start + PAGE_BYTES]
         if len(page) == PAGE_BYTES:
             yield page
+
+
+def record(
+    kind: RecordKind,
+    spec: NamespaceSpec,
+    extent: int,
+    *,
+    block_hash: bytes = b"",
+    parent: bytes = b"",
+    depth: int = 0,
+    uses: int = 0,
+    checksum: int = 0,
+    last_used_s: float = 0.0,
+) -> tuple[object, ...]:
+    """One journal record; make an array of dtype RECORD from a list of these."""
+    short = int.from_bytes(namespace_digest(spec)[:4], "little")
+    return (
+        int(kind), len(block_hash), bool(parent), 0, depth, uses, short, extent, checksum, last_used_s,
+        block_hash.ljust(64, b"\0"), parent.ljust(64, b"\0"),
+    )  # fmt: skip
+
+
+def records_array(records: Iterable[tuple[object, ...]]) -> np.ndarray:
+    """Records as `Volume.append` takes them."""
+    return np.array(list(records), dtype=RECORD)
+
+
+def leading_bytes(column: np.ndarray, sizes: np.ndarray) -> list[bytes]:
+    """The leading bytes of each fixed-size field."""
+    packed, width = column.tobytes(), column.dtype.itemsize
+    return [packed[at * width : at * width + size] for at, size in enumerate(sizes.tolist())]

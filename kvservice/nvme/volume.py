@@ -7,32 +7,31 @@ blocks and is for threads. Extents are reused in place: nothing is ever moved to
 from __future__ import annotations
 
 import fcntl
-import json
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
-import xxhash
 
-from kvservice.blocks import BlockHash, NamespaceKey, NamespaceSpec, Tenant
+from kvservice.blocks import BlockHash, NamespaceSpec
 from kvservice.checksums import checksum_of
 from kvservice.errors import CapacityExhausted, StartupError
 from kvservice.nvme.files import Files, RealFiles
 from kvservice.nvme.format import (
     PAGE_BYTES,
-    RECORD,
     RecordKind,
     SegmentHeader,
     extent_checksum,
     extent_stride_bytes,
+    leading_bytes,
     namespace_digest,
     pack_extent_header,
 )
 from kvservice.nvme.journal import Journal
+from kvservice.nvme.names import read_names, write_names
+from kvservice.nvme.results import ReadResult, Recovered
 from kvservice.tiers import TierUsage
 
 _PLACE_BITS = 24
@@ -40,30 +39,6 @@ _FREE_SHARE_KEPT = 10  # the last tenth of a file system is never taken
 _JOURNAL_SHARE = 16  # one part in so many of the capacity is for log and checkpoints
 _JOURNAL_BYTES_MIN = 4 * 1024 * 1024
 _RECORD_BYTES_ON_DISK = 2 * 180  # a record in the old checkpoint and in the new, page overhead included
-
-
-class ReadResult(Enum):
-    """Whether the memory now has the block's bytes."""
-
-    OK = "ok"
-    CORRUPT = "corrupt"
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """What a volume remembers, as parallel columns; order means nothing."""
-
-    namespaces: list[NamespaceSpec]
-    namespace_index: np.ndarray
-    hashes: list[bytes]
-    parent_hashes: list[bytes]
-    depth: np.ndarray
-    extent: np.ndarray
-    checksum: np.ndarray
-    uses: np.ndarray
-    last_used_s: np.ndarray
-    sessions: list[tuple[int, bytes, int]]
-    damaged_pages: int
 
 
 @dataclass(slots=True)
@@ -90,6 +65,7 @@ class Volume:
         self._journal_bytes = max(_JOURNAL_BYTES_MIN, capacity_bytes // _JOURNAL_SHARE)
         self._segments: dict[int, _Segment] = {}
         self._specs: dict[bytes, NamespaceSpec] = {}
+        self._named: set[bytes] = set()
         self._live = 0
         self._unflushed: set[int] = set()
         self._mutex = threading.Lock()
@@ -231,7 +207,7 @@ class Volume:
 
     def recover(self) -> Recovered:
         """What the journal remembers of intact segments; fills the books. Blocks: about 3 s a million blocks."""
-        self._specs = _read_namespaces(os.path.join(self.directory, "namespaces"))
+        self._specs = read_names(self.directory)
         self._find_segments()
         records, damaged = self.journal.read()
         specs = list(self._specs.values())
@@ -240,14 +216,14 @@ class Volume:
         namespace_index = np.array([by_short.get(short, -1) for short in stored["namespace"].tolist()], dtype=np.int32)
         stored, namespace_index = self._plausible(stored, namespace_index)
         self._mark_live(stored["extent"])
-        hashes = _blobs(stored["hash"], stored["hash_size"])
-        parents = _blobs(stored["parent"], stored["hash_size"] * (stored["has_parent"] > 0))
+        hashes = leading_bytes(stored["hash"], stored["hash_size"])
+        parents = leading_bytes(stored["parent"], stored["hash_size"] * (stored["has_parent"] > 0))
         ends = records[records["kind"] == RecordKind.SESSION]
         sessions = [
             (by_short[short], digest, extent)
             for short, digest, extent in zip(
                 ends["namespace"].tolist(),
-                _blobs(ends["hash"], ends["hash_size"]),
+                leading_bytes(ends["hash"], ends["hash_size"]),
                 ends["extent"].tolist(),
                 strict=True,
             )
@@ -374,7 +350,9 @@ class Volume:
                 self._files.close(descriptor)
                 self._files.remove(path)
                 continue
-            self._segments[header.segment_id] = _Segment(header, descriptor, True, list(range(header.extents)))
+            self._segments[header.segment_id] = _Segment(
+                header, descriptor, is_ready=True, free=list(range(header.extents))
+            )
 
     def _plausible(self, stored: np.ndarray, namespace_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Without records of extents that no longer exist or belong to another namespace now."""
@@ -407,56 +385,13 @@ class Volume:
         """Durable names of the namespaces, before the first record that refers to one."""
         with self._mutex:
             specs = dict(self._specs)
-        if getattr(self, "_named", None) == specs.keys():
-            return
-        path = os.path.join(self.directory, "namespaces")
-        text = json.dumps([_spec_to_json(spec) for spec in specs.values()])
-        content = f"{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}\n".encode()
-        if os.path.exists(f"{path}.tmp"):
-            self._files.remove(f"{path}.tmp")  # of a crash; what is longer in it must not show through
-        descriptor = self._files.open(f"{path}.tmp", direct=False, create=True)
-        try:
-            self._files.write(descriptor, [content], 0)
-            self._files.flush(descriptor)
-        finally:
-            self._files.close(descriptor)
-        self._files.rename(f"{path}.tmp", path)
-        self._named = specs.keys()
-
-
-def record(
-    kind: RecordKind,
-    spec: NamespaceSpec,
-    extent: int,
-    *,
-    block_hash: bytes = b"",
-    parent: bytes = b"",
-    depth: int = 0,
-    uses: int = 0,
-    checksum: int = 0,
-    last_used_s: float = 0.0,
-) -> tuple[object, ...]:
-    """One journal record; make an array of dtype RECORD from a list of these."""
-    short = int.from_bytes(namespace_digest(spec)[:4], "little")
-    return (
-        int(kind), len(block_hash), bool(parent), 0, depth, uses, short, extent, checksum, last_used_s,
-        block_hash.ljust(64, b"\0"), parent.ljust(64, b"\0"),
-    )  # fmt: skip
-
-
-def records_array(records: Iterable[tuple[object, ...]]) -> np.ndarray:
-    """Records as `Volume.append` takes them."""
-    return np.array(list(records), dtype=RECORD)
+        if self._named != specs.keys():
+            write_names(self._files, self.directory, specs.values())
+            self._named = set(specs)
 
 
 def _offset(header: SegmentHeader, extent: int) -> int:
     return PAGE_BYTES + (extent & (1 << _PLACE_BITS) - 1) * header.stride_bytes
-
-
-def _blobs(column: np.ndarray, sizes: np.ndarray) -> list[bytes]:
-    """The leading bytes of each fixed-size field."""
-    packed, width = column.tobytes(), column.dtype.itemsize
-    return [packed[at * width : at * width + size] for at, size in enumerate(sizes.tolist())]
 
 
 def _capacity_bytes(directory: str, asked_bytes: int) -> int:
@@ -467,36 +402,3 @@ def _capacity_bytes(directory: str, asked_bytes: int) -> int:
     free = status.f_bavail * status.f_frsize + ours
     most = max(0, free - status.f_blocks * status.f_frsize // _FREE_SHARE_KEPT)
     return min(asked_bytes or free // 2, most)
-
-
-def _spec_to_json(spec: NamespaceSpec) -> Mapping[str, object]:
-    return {
-        "tenant": spec.key.tenant,
-        "fingerprint": spec.key.fingerprint.hex(),
-        "label": spec.label,
-        "block_size_bytes": spec.block_size_bytes,
-        "tokens_per_block": spec.tokens_per_block,
-        "hash_size_bytes": spec.hash_size_bytes,
-    }
-
-
-def _read_namespaces(path: str) -> dict[bytes, NamespaceSpec]:
-    """Damaged or absent: none, and with them nothing that was stored can be found."""
-    try:
-        with open(path, "rb") as file:
-            digest, _, text = file.read().rstrip(b"\n").partition(b"\n")
-    except FileNotFoundError:
-        return {}
-    if xxhash.xxh3_64_hexdigest(text).encode() != digest:
-        return {}
-    specs = [
-        NamespaceSpec(
-            key=NamespaceKey(Tenant(entry["tenant"]), bytes.fromhex(entry["fingerprint"])),
-            label=entry["label"],
-            block_size_bytes=entry["block_size_bytes"],
-            tokens_per_block=entry["tokens_per_block"],
-            hash_size_bytes=entry["hash_size_bytes"],
-        )
-        for entry in json.loads(text)
-    ]
-    return {namespace_digest(spec): spec for spec in specs}
