@@ -84,7 +84,8 @@ class FdSocket:
             with peer:
                 peer.setblocking(False)  # noqa: FBT003  # the standard library's signature
                 identity = self._identify(peer)
-                request = await asyncio.wait_for(_receive(peer), _HELLO_TIMEOUT_S)
+                async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                    request = await _receive(peer)
                 instance = self._welcome(peer, identity, request)
                 while (request := await _receive(peer)) is not None:
                     self._grant(peer, instance, request)

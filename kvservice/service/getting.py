@@ -52,7 +52,8 @@ async def _landing(granted: Granted, position: int, timeout_s: float | None) -> 
     if arrival is None:
         return Landing.OK
     try:
-        landed = await asyncio.wait_for(asyncio.shield(arrival.landed), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            landed = await asyncio.shield(arrival.landed)
     except TimeoutError:
         return None
     return landed[granted.rows[position]]

@@ -114,8 +114,8 @@ class WriteBehind:
         self._is_hurried = True
         self._wake.set()
         try:
-            async with self._progress:
-                await asyncio.wait_for(self._progress.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s), self._progress:
+                await self._progress.wait()
         except TimeoutError:
             return False
         return True
@@ -135,7 +135,8 @@ class WriteBehind:
             else:
                 timeout_s = None
             try:
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):  # wait_for may swallow a cancellation
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 
