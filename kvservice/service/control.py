@@ -83,7 +83,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         """The lease and what is in DRAM at once; what is on NVMe in order as it arrives."""
         started_s = time.perf_counter()
         try:
-            granted = await self._granted(request, context)
+            granted = await self._granted(well_formed(request), context)
         except Exception as error:  # noqa: BLE001  # everything must become a status
             status, detail = error_detail(error, where="Get")
             self._get_calls.observe(time.perf_counter() - started_s, status.name)
