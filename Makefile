@@ -7,8 +7,6 @@ TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-# bench,bench-mooncake adds the comparison with Mooncake; it needs the system libraries libibverbs1 and librdmacm1.
-BENCH_EXTRAS ?= bench
 
 BIN := $(VENV)/bin
 # Its own command with its own pin: left to the resolver, torch arrives with gigabytes of CUDA packages.
@@ -19,7 +17,6 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 VENV_STAMP := $(VENV)/.made
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
-BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help environment demo test test-engines check check-format check-lint check-types check-imports check-protos \
@@ -56,7 +53,7 @@ check-imports: $(DEV_STAMP)
 check-protos: $(DEV_STAMP)
 	$(BIN)/python scripts/check_protos.py
 
-bench: $(BENCH_STAMP) ## the figures, also in build/bench.jsonl; BENCH_ARGS chooses
+bench: $(DEV_STAMP) ## the figures, also in build/bench.jsonl; BENCH_ARGS chooses
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
@@ -96,9 +93,4 @@ $(DEMO_STAMP): $(VENV_STAMP) pyproject.toml constraints.txt
 $(DEV_STAMP): $(DEMO_STAMP)
 	@echo "environment: installing the test and check tools into $(VENV)"
 	@$(PIP_INSTALL) -e '.[daemon,transformers,dev]'
-	@touch $@
-
-$(BENCH_STAMP): $(DEMO_STAMP)
-	@echo "environment: installing $(BENCH_EXTRAS) into $(VENV)"
-	@$(PIP_INSTALL) -e '.[daemon,transformers,$(BENCH_EXTRAS)]'
 	@touch $@
