@@ -50,6 +50,9 @@ class _Segment:
     is_ready: bool = False
     free: list[int] = field(default_factory=list)
 
+    def offset(self, extent: int) -> int:
+        return PAGE_BYTES + (extent & (1 << _PLACE_BITS) - 1) * self.header.stride_bytes
+
 
 class Volume:
     """See the module. Made by `open`."""
@@ -167,7 +170,7 @@ class Volume:
         segment = self._ready_segment(extent)
         page = self._page()
         pack_extent_header(page, namespace_digest(spec), block_hash, spec.block_size_bytes, checksum)
-        self._files.write(segment.descriptor, [page, memory], _offset(segment.header, extent))
+        self._files.write(segment.descriptor, [page, memory], segment.offset(extent))
         with self._mutex:
             self._unflushed.add(segment.header.segment_id)
             self.written_bytes += PAGE_BYTES + len(memory)
@@ -197,7 +200,7 @@ class Volume:
             return ReadResult.CORRUPT
         self._open(segment)
         page = self._page()
-        count = self._files.read(segment.descriptor, [page, memory], _offset(segment.header, extent))
+        count = self._files.read(segment.descriptor, [page, memory], segment.offset(extent))
         if count != PAGE_BYTES + len(memory):
             return ReadResult.CORRUPT
         checksum = extent_checksum(page, namespace_digest(spec), block_hash, spec.block_size_bytes)
@@ -246,12 +249,12 @@ class Volume:
     def probe(self) -> None:
         """Write, flush and read a page. Raises OSError: the device does not work."""
         path = os.path.join(self.directory, "probe")
-        descriptor = self._files.open(path, direct=False, create=True)
+        descriptor, pattern = self._files.open(path, direct=False, create=True), b"\x5a" * PAGE_BYTES
         try:
-            self._files.write(descriptor, [b"\x5a" * PAGE_BYTES], 0)
+            self._files.write(descriptor, [pattern], 0)
             self._files.flush(descriptor)
             page = memoryview(bytearray(PAGE_BYTES))
-            if self._files.read(descriptor, [page], 0) != PAGE_BYTES or page != b"\x5a" * PAGE_BYTES:
+            if self._files.read(descriptor, [page], 0) != PAGE_BYTES or page != pattern:
                 raise OSError("the probe reads something else than was written")
         finally:
             self._files.close(descriptor)
@@ -388,10 +391,6 @@ class Volume:
         if self._named != specs.keys():
             write_names(self._files, self.directory, specs.values())
             self._named = set(specs)
-
-
-def _offset(header: SegmentHeader, extent: int) -> int:
-    return PAGE_BYTES + (extent & (1 << _PLACE_BITS) - 1) * header.stride_bytes
 
 
 def _capacity_bytes(directory: str, asked_bytes: int) -> int:

@@ -113,7 +113,9 @@ class Store:
         """Lock and open the NVMe directories; `recover` makes them usable. Raises StartupError."""
         loop = asyncio.get_running_loop()
         for directory in filter(None, self.config.nvme_dirs.split(":")):
-            volume = await loop.run_in_executor(None, partial(self._open_volume, directory))
+            capacity, segment = self.config.nvme_bytes, self.config.nvme_segment_bytes
+            opening = partial(Volume.open, directory, capacity_bytes=capacity, segment_bytes=segment)
+            volume = await loop.run_in_executor(None, opening)
             disk = Disk(volume, depth=self.config.nvme_queue_depth, waiting_max=self.config.nvme_waiting_max)
             self.disks.disks.append(disk)
 
@@ -145,11 +147,6 @@ class Store:
         """Wait for transfers under way, then close and unlock the directories."""
         for disk in self.disks.disks:
             await disk.close()
-
-    def _open_volume(self, directory: str) -> Volume:
-        return Volume.open(
-            directory, capacity_bytes=self.config.nvme_bytes, segment_bytes=self.config.nvme_segment_bytes
-        )
 
     def _extents_left(self, namespace: Namespace, extents: list[int]) -> None:
         self.journal.left(namespace, extents)
