@@ -47,7 +47,12 @@ class DrainNotice:
     deadline_s: float
 
 
-Notice = SegmentsChanged | DrainNotice
+@dataclass(frozen=True, slots=True)
+class HungUp:
+    """The process closed its memory socket: its stream has no purpose any more."""
+
+
+Notice = SegmentsChanged | DrainNotice | HungUp
 
 
 @dataclass(slots=True, eq=False)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from kvservice import __version__, errors
-from kvservice.instances import DrainNotice, Notice, SegmentsChanged
+from kvservice.instances import DrainNotice, HungUp, Notice, SegmentsChanged
 from kvservice.metrics import MISS_REASONS, Metrics
 from kvservice.service import getting, messages, reports
 from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
@@ -220,7 +220,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         name = require_text(hello.instance_name, "instance_name", length_max=messages.NAME_LENGTH_MAX)
 
         def notify(notice: Notice) -> None:
-            if outgoing.full():
+            if isinstance(notice, HungUp) or outgoing.full():
                 _end(outgoing)  # it has not read its stream for a thousand notices; it may attach again
             else:
                 outgoing.put_nowait(_notice(notice))
@@ -288,7 +288,7 @@ def _end(outgoing: asyncio.Queue[pb.AttachResponse | None]) -> None:
     outgoing.put_nowait(None)
 
 
-def _notice(notice: Notice) -> pb.AttachResponse:
+def _notice(notice: SegmentsChanged | DrainNotice) -> pb.AttachResponse:
     match notice:
         case SegmentsChanged():
             return pb.AttachResponse(

@@ -32,12 +32,27 @@ class Checksummer:
         self._metrics = metrics
         self._queue: deque[tuple[Namespace, Slots]] = deque()
         self._wake = asyncio.Event()
+        self._at_work_on: Namespace | None = None
+        self._batch_done = asyncio.Event()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="checksum", initializer=_lower_priority)
 
     @property
     def queued_blocks(self) -> int:
         """Blocks waiting for their checksum."""
         return sum(len(slots) for _, slots in self._queue)
+
+    def is_holding(self, namespace: Namespace) -> bool:
+        """Whether slots of the namespace are held by the batch at work."""
+        return self._at_work_on is namespace
+
+    async def wait_for_batch(self, timeout_s: float) -> bool:
+        """Wait until the batch at work lets go of its slots; whether it did in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._batch_done.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def submit(self, namespace: Namespace, slots: Slots) -> None:
         """Queue freshly committed slots. Never blocks."""
@@ -58,11 +73,15 @@ class Checksummer:
                 if len(slots):
                     size_bytes = namespace.spec.block_size_bytes
                     namespace.pool.hold(slots)
+                    self._at_work_on = namespace
+                    self._batch_done.clear()
                     try:
                         sums = await loop.run_in_executor(self._executor, _checksums, namespace.pool, slots, size_bytes)
                         _record(namespace, slots, sums)
                     finally:
                         namespace.end_hold(slots)
+                        self._at_work_on = None
+                        self._batch_done.set()
                     self._metrics.checksummed_blocks.inc(len(slots))
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from kvservice.store.namespace import Namespace
 _REFUSAL_PAUSE_S = 10.0
 _EVICTION_SLICE = 512  # blocks per round of upkeep: about a millisecond of the event loop
 
-_WRITE_WAIT_S = 5.0
+_SETTLE_WAIT_S = 5.0
 
 _log = event_log(__name__)
 
@@ -43,10 +43,11 @@ class Space:
         clock: Callable[[], float],
         namespaces: Callable[[], Iterable[Namespace]],
         on_segments_changed: SegmentsChangedCallback,
-        until_written: Callable[[float], Awaitable[bool]],
+        until_settled: Callable[[Namespace, float], Awaitable[bool]],
     ) -> None:
         """Args:
-        until_written: waits at most so many seconds for dirty blocks to become durable.
+        until_settled: where the daemon itself holds slots of a namespace for a moment (a checksum, a
+            write to NVMe), waits at most so many seconds until it let some go; whether it did.
         """
         self.arena = arena
         self._config = config
@@ -57,7 +58,7 @@ class Space:
         self._refused_until_s = float("-inf")
         self.in_flight_bytes = 0
         """Of the arena's used bytes, those of segments being made or closed: in no pool."""
-        self._until_written = until_written
+        self._until_settled = until_settled
 
     def slots_per_segment(self, stride_bytes: int) -> int:
         """How many slots a full segment of that stride has; at least one."""
@@ -86,16 +87,16 @@ class Space:
                 return
         evictable = namespace.evictable_slots(missing)
         if missing > evictable:
-            if namespace.index.dirty.any() and await self._until_written(_WRITE_WAIT_S):
-                return  # some were in use only because they were being written to NVMe
+            if await self._until_settled(namespace, _SETTLE_WAIT_S):
+                return
             raise self._refusal(namespace, slots_wanted, evictable)
         reason = DropReason.QUOTA if self._is_at_quota(namespace) else DropReason.CAPACITY
         if namespace.evict(missing, reason, self._clock()) >= missing:
             return
+        if await self._until_settled(namespace, _SETTLE_WAIT_S):
+            return
         if namespace.index.dirty.any():
-            # What is left waits to become durable: that takes moments, and then it may leave DRAM.
-            if not await self._until_written(_WRITE_WAIT_S):
-                namespace.index.dirty[:] = False  # no disk keeps up: what leaves now is lost, as without one
+            namespace.index.dirty[:] = False  # no disk keeps up: what leaves now is lost, as without one
             return
         raise self._refusal(namespace, slots_wanted, namespace.pool.free_slots)
 
@@ -203,14 +204,17 @@ class Space:
             coldest = min(self._temperatures(donor), default=None)
             if coldest is None:
                 continue
-            segment = donor.pool.segments[coldest[1]]
+            segment = donor.pool.segments[coldest[-1]]
             kept_bytes = donor.pool.size_bytes - (segment.size_bytes if segment else 0)
             if kept_bytes > taker.pool.size_bytes or not taker.pool.size_bytes:
-                return donor, coldest[1]
+                return donor, coldest[-1]
         return None, 0
 
-    def _temperatures(self, namespace: Namespace) -> Iterable[tuple[float, int]]:
-        """(mean time of last use, position) of the segments that nobody holds slots of."""
+    def _temperatures(self, namespace: Namespace) -> Iterable[tuple[float, float, int]]:
+        """(mean time of last use, minus mean depth, position) of the segments that nobody holds slots of.
+
+        Among equally cold ones the deepest: a segment of roots would take whole chains with it.
+        """
         pool, index = namespace.pool, namespace.index
         for position, segment in pool.live_segments():
             first = position * pool.slots_per_segment
@@ -218,7 +222,8 @@ class Space:
             if not pool.holders[slots].any():
                 rows = pool.row_of[slots]
                 rows = rows[rows != NO_ROW]
-                yield (float(np.sum(index.last_used_s[rows])) / segment.slots, position)
+                depth = float(np.mean(index.depth[rows])) if len(rows) else 0.0
+                yield (float(np.sum(index.last_used_s[rows])) / segment.slots, -depth, position)
 
     async def _reclaim(self, donor: Namespace, position: int) -> None:
         pool = donor.pool

@@ -18,7 +18,7 @@ from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec, Tier
 from kvservice.config import Config
 from kvservice.dram import Arena
 from kvservice.errors import Draining, NamespaceUnknown
-from kvservice.instances import DrainNotice, Identity, Instances, SegmentsChanged
+from kvservice.instances import DrainNotice, HungUp, Identity, Instances, SegmentsChanged
 from kvservice.leases import HoldKind, Leases
 from kvservice.metrics import Metrics
 from kvservice.nvme import Volume
@@ -84,7 +84,7 @@ class Store:
             clock=clock,
             namespaces=lambda: self.namespaces.values(),  # noqa: PLW0108  # assigned below
             on_segments_changed=self._tell_segments_changed,
-            until_written=self.write_behind.wait_for_progress,
+            until_settled=self._until_settled,
         )
         self._registry = Registry(
             config,
@@ -190,6 +190,7 @@ class Store:
 
     def hang_up(self, instance: Peer) -> None:
         """The process is gone: all that it held is free."""
+        instance.notify(HungUp())
         self.detach(instance)
         for hold in self.leases.of_instance(instance.instance_id):
             self._holds.end(hold)
@@ -382,6 +383,11 @@ class Store:
         invariants.check(self.namespaces, self.leases, self._space, self.instances)
 
     # ---------------------------------------------------------------- privately
+
+    async def _until_settled(self, namespace: Namespace, timeout_s: float) -> bool:
+        if self.checksummer.is_holding(namespace):
+            return await self.checksummer.wait_for_batch(timeout_s)
+        return bool(namespace.index.dirty.any()) and await self.write_behind.wait_for_progress(timeout_s)
 
     def _is_idle_namespace(self, namespace: Namespace) -> bool:
         is_attached = any(namespace in instance.namespaces for instance in self.instances)

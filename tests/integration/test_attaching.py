@@ -255,3 +255,13 @@ def test_an_arena_smaller_than_one_block_says_so(
     daemon.wait_checksummed()  # until then the only block is in use
     assert client.save([sha256(b"2").digest()], bytes(1 * MIB)).saved == 1
     assert client.lookup([sha256(b"1").digest()]).blocks == 0
+
+
+def test_the_stream_ends_when_the_memory_socket_hangs_up(
+    daemon: DaemonProcess, make_connection: MakeConnection
+) -> None:
+    connection = make_connection(daemon.socket_dir, namespace())
+    connection.frames.close()
+    with pytest.raises(StopIteration):
+        while True:
+            connection.ping()
