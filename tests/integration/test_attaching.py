@@ -219,7 +219,7 @@ def test_instances_connections_and_namespaces_are_bounded(
 
 def test_holds_per_instance_are_bounded(make_daemon_thread: MakeDaemonThread, make_connection: MakeConnection) -> None:
     daemon = make_daemon_thread(leases_per_instance_max=3, reservations_per_instance_max=2)
-    connection = make_connection(daemon.socket_dir, namespace())
+    connection = make_connection(daemon_thread.socket_dir, namespace())
     connection.save(chain("held", 2))
     leases = [connection.get(chain("held", 2)).lease_id for _ in range(3)]
     before = books(daemon)
@@ -230,7 +230,7 @@ def test_holds_per_instance_are_bounded(make_daemon_thread: MakeDaemonThread, ma
     refused(lambda: connection.put(chain("new-3", 1)), *OVERLOADED, says="2 reservations")
     assert books(daemon) == before
     # Another instance has bounds of its own.
-    other = make_connection(daemon.socket_dir, namespace())
+    other = make_connection(daemon_thread.socket_dir, namespace())
     assert other.get(chain("held", 2)).lease_id
     connection.release(leases.pop())
     connection.abort(reservations.pop())
@@ -258,10 +258,14 @@ def test_an_arena_smaller_than_one_block_says_so(
 
 
 def test_the_stream_ends_when_the_memory_socket_hangs_up(
-    daemon: DaemonProcess, make_connection: MakeConnection
+    daemon_thread: DaemonThread, make_connection: MakeConnection
 ) -> None:
-    connection = make_connection(daemon.socket_dir, namespace())
+    connection = make_connection(daemon_thread.socket_dir, namespace())
     connection.frames.close()
-    with pytest.raises(StopIteration):
+
+    def until_the_end() -> None:
         while True:
             connection.ping()
+
+    with pytest.raises(StopIteration):
+        until_the_end()
