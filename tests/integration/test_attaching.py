@@ -230,7 +230,7 @@ def test_holds_per_instance_are_bounded(make_daemon_thread: MakeDaemonThread, ma
     refused(lambda: connection.put(chain("new-3", 1)), *OVERLOADED, says="2 reservations")
     assert books(daemon) == before
     # Another instance has bounds of its own.
-    other = make_connection(daemon_thread.socket_dir, namespace())
+    other = make_connection(daemon.socket_dir, namespace())
     assert other.get(chain("held", 2)).lease_id
     connection.release(leases.pop())
     connection.abort(reservations.pop())
