@@ -219,7 +219,7 @@ def test_instances_connections_and_namespaces_are_bounded(
 
 def test_holds_per_instance_are_bounded(make_daemon_thread: MakeDaemonThread, make_connection: MakeConnection) -> None:
     daemon = make_daemon_thread(leases_per_instance_max=3, reservations_per_instance_max=2)
-    connection = make_connection(daemon_thread.socket_dir, namespace())
+    connection = make_connection(daemon.socket_dir, namespace())
     connection.save(chain("held", 2))
     leases = [connection.get(chain("held", 2)).lease_id for _ in range(3)]
     before = books(daemon)
