@@ -102,8 +102,8 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         # First in, last out: memory is unmapped after everything that uses it has stopped.
         stack.callback(self.store.close)
-        await self.store.open_disks()
-        stack.push_async_callback(self.store.close_disks)
+        await self.store.durability.open()
+        stack.push_async_callback(self.store.durability.close)
         sockets = SocketDirectory(config.socket_dir, group=config.socket_group)
         stack.callback(sockets.close)
         control = ControlService(self.store, self.metrics, state=lambda: self.state)
@@ -153,8 +153,16 @@ class Daemon:
 
     async def _recover(self) -> None:
         started_s = time.monotonic()
-        await self.store.recover()
-        _log.info("recovered", blocks=self.store.recovered_blocks, seconds=round(time.monotonic() - started_s, 3))
+        durability = self.store.durability
+        try:
+            await durability.recover()
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with the disks' memory, DRAM serves on
+            _log.exception("recovery_failed", error)
+            for disk in self.store.disks.disks:
+                disk.fail(f"recovery failed: {error}")
+            return
+        seconds = round(time.monotonic() - started_s, 3)
+        _log.info("recovered", blocks=durability.recovered_blocks, seconds=seconds)
 
     async def _keep_up(self) -> None:
         while True:

@@ -74,19 +74,20 @@ class Disk:
             return
         self._usual_s_per_byte = usual + _SMOOTHING * (rate - usual) if usual else rate
 
-    async def probe(self) -> None:
-        """If it is offline and time, try it; back online where that works."""
+    async def came_back(self) -> bool:
+        """If it is offline and time, try it; whether it is online again."""
         if self.state is not DiskState.OFFLINE or time.monotonic() < self._probe_at_s:
-            return
+            return False
         self._probe_at_s = time.monotonic() + _PROBE_INTERVAL_S
         try:
             await asyncio.get_running_loop().run_in_executor(None, self.volume.probe)
         except OSError as error:
             self.why = f"{self.why.split('; probe')[0]}; probe: {error}"
-            return
+            return False
         self.state, self.why = DiskState.ONLINE, ""
         self._usual_s_per_byte = 0.0
         _log.info("nvme_online", directory=self.volume.directory)
+        return True
 
     async def close(self) -> None:
         """Wait for what runs, then close the volume."""

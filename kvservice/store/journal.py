@@ -13,7 +13,7 @@ from kvservice.sessions import session_key
 from kvservice.store.disks import Disk, Disks
 from kvservice.store.namespace import Namespace
 
-_PENDING_MAX = 200_000  # a disk that takes no records for so long is offline; recency may be forgotten
+_PENDING_MAX = 200_000
 
 PackedRecord = tuple[object, ...]
 
@@ -79,7 +79,6 @@ class Journal:
             await asyncio.get_running_loop().run_in_executor(None, lambda: disk.volume.append(records_array(pending)))
         except OSError:
             self._pending[disk][:0] = pending
-            del self._pending[disk][:-_PENDING_MAX]
             raise
 
     async def append_all(self) -> None:
@@ -125,7 +124,10 @@ class Journal:
             checksum=checksum,
             last_used_s=last_used_s,
         )
-        self._pending[self._disks.of(extent)].append(packed)
+        pending = self._pending[self._disks.of(extent)]
+        pending.append(packed)
+        if len(pending) > _PENDING_MAX:
+            del pending[: _PENDING_MAX // 2]  # the disk has been offline for long: what is lost is misses
 
     def _wall_s(self, clock_s: float) -> float:
         return time.time() - (self._clock() - clock_s)

@@ -7,12 +7,10 @@ being made); both look again at everything after waiting.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec, Tier
 from kvservice.config import Config
@@ -21,10 +19,10 @@ from kvservice.errors import Draining, NamespaceUnknown
 from kvservice.instances import DrainNotice, HungUp, Identity, Instances, SegmentsChanged
 from kvservice.leases import HoldKind, Leases
 from kvservice.metrics import Metrics
-from kvservice.nvme import Volume
-from kvservice.store import invariants, recovery
+from kvservice.store import invariants
 from kvservice.store.checksummer import Checksummer
-from kvservice.store.disks import Disk, Disks, DiskState
+from kvservice.store.disks import Disks
+from kvservice.store.durability import Durability
 from kvservice.store.holds import Holds
 from kvservice.store.journal import Journal
 from kvservice.store.namespace import Namespace, Peer
@@ -46,8 +44,6 @@ from kvservice.store.write_behind import WriteBehind
 from kvservice.store.writing import Writing
 from kvservice.tiers import TierUsage
 
-_JOURNAL_INTERVAL_S = 1.0
-
 
 class Store:
     """All namespaces, instances, leases and memory of one daemon."""
@@ -57,8 +53,6 @@ class Store:
         self.metrics = metrics
         self.clock = clock
         self.is_draining = False
-        self.recovered_blocks = 0
-        self._journal_at_s = 0.0
         self.instances: Instances[Namespace] = Instances(
             connections_max=config.connections_max, instances_max=config.instances_max
         )
@@ -103,50 +97,12 @@ class Store:
             duration_s=config.lease_s,
             duration_s_max=config.lease_s_max,
         )
+        self.durability = Durability(config, self.disks, self.journal, self.write_behind, self._registry, clock=clock)
         promotion = Promotion(self.disks, metrics, clock=clock)
         self._reading = Reading(config, self._holds, self._space, self.disks, promotion, self.journal, clock=clock)
         self._writing = Writing(
             config, self._holds, self._space, self.checksummer, self.write_behind, metrics, clock=clock
         )
-
-    async def open_disks(self) -> None:
-        """Lock and open the NVMe directories; `recover` makes them usable. Raises StartupError."""
-        loop = asyncio.get_running_loop()
-        for directory in filter(None, self.config.nvme_dirs.split(":")):
-            capacity, segment = self.config.nvme_bytes, self.config.nvme_segment_bytes
-            opening = partial(Volume.open, directory, capacity_bytes=capacity, segment_bytes=segment)
-            volume = await loop.run_in_executor(None, opening)
-            disk = Disk(volume, depth=self.config.nvme_queue_depth, waiting_max=self.config.nvme_waiting_max)
-            self.disks.disks.append(disk)
-
-    async def recover(self) -> None:
-        """Find again what the disks hold; DRAM serves meanwhile."""
-        loop = asyncio.get_running_loop()
-        found = []
-        for disk in self.disks.disks:
-            try:
-                found.append((disk, await loop.run_in_executor(None, disk.volume.recover)))
-            except OSError as error:
-                disk.fail(f"recovery failed: {error}")
-        wall_to_clock_s = self.clock() - time.time()
-        restored = await loop.run_in_executor(
-            None, partial(recovery.restore, self.disks, found, wall_to_clock_s=wall_to_clock_s)
-        )
-        for one in restored:
-            namespace = self._registry.restore_namespace(one.spec)
-            self.disks.release(one.orphans)
-            if namespace is None:
-                self.disks.release(one.index.extent[: len(one.index)].tolist())
-            else:
-                recovery.adopt(namespace, one, self.clock())
-        for disk, _ in found:
-            disk.state = DiskState.ONLINE
-        self.recovered_blocks = sum(len(one.index) for one in restored)
-
-    async def close_disks(self) -> None:
-        """Wait for transfers under way, then close and unlock the directories."""
-        for disk in self.disks.disks:
-            await disk.close()
 
     def _extents_left(self, namespace: Namespace, extents: list[int]) -> None:
         self.journal.left(namespace, extents)
@@ -348,11 +304,7 @@ class Store:
         attached = {id(namespace) for instance in self.instances for namespace in instance.namespaces}
         for namespace in list(self.namespaces.values()):
             await self._space.keep_up(namespace, may_grow=id(namespace) in attached and not self.is_draining)
-        for disk in self.disks.disks:
-            await disk.probe()
-        if self.clock() >= self._journal_at_s:
-            self._journal_at_s = self.clock() + _JOURNAL_INTERVAL_S
-            await self.journal.append_all()
+        await self.durability.keep_up()
 
     def tiers(self) -> list[tuple[Tier, TierUsage]]:
         """Occupancy of each tier that there is."""

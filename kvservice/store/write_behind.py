@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Rows, Slots
 from kvservice.checksums import checksum_of
 from kvservice.config import Config
@@ -80,6 +82,14 @@ class WriteBehind:
             namespace.index.dirty[rows] = True
             self._queue.append((time.monotonic(), namespace, rows))
             self._wake.set()
+
+    def submit_missing(self, namespace: Namespace) -> None:
+        """Queue every block that is in DRAM only: committed while no disk took any."""
+        index = namespace.index
+        in_dram_only = (index.state == State.RESIDENT) & (index.slot != NO_SLOT) & (index.extent == NO_EXTENT)
+        rows = np.flatnonzero(in_dram_only & ~index.dirty).astype(np.int32)
+        if len(rows):
+            self.submit(namespace, rows[np.argsort(index.depth[rows], kind="stable")])
 
     async def run(self) -> None:
         """Work the queue off until cancelled."""

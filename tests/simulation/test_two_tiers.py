@@ -41,13 +41,14 @@ class Node:
         self.engine: Engine
         self._work: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
+    async def start(self, *, recover: bool = True) -> None:
         config = small_config(
             nvme_dirs=str(self._directory), nvme_bytes=32 * MIB, nvme_segment_bytes=MIB, nvme_write_behind_s=0.02
         )
         self.store = Store(config, Metrics(version="0"), clock=self.clock)
-        await self.store.open_disks()
-        await self.store.recover()
+        await self.store.durability.open()
+        if recover:
+            await self.store.durability.recover()
         self._work = [
             asyncio.create_task(self.store.write_behind.run()),
             asyncio.create_task(self.store.checksummer.run()),
@@ -79,7 +80,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
         await self.quiet()
-        await self.store.close_disks()
+        await self.store.durability.close()
         self.store.close()
 
     async def get(self, hashes: list[bytes], **arguments: int) -> Granted:
@@ -196,7 +197,7 @@ def test_what_is_durable_is_found_again_with_its_recency_and_sessions(tmp_path: 
         await node.flush()
         await node.crash()
         await node.start()
-        assert node.store.recovered_blocks == 60
+        assert node.store.durability.recovered_blocks == 60
         assert [await node.load(chain(f"c{number}", 6)) for number in range(10)] == [6] * 10
         await node.flush()
         await node.crash()
@@ -270,6 +271,28 @@ def test_an_offline_disk_is_misses_with_a_reason_while_dram_serves(tmp_path: Pat
             assert node.store.tiers()[1][1].state.startswith("offline")
             node.store.disks.disks[0].state = DiskState.ONLINE
             assert await node.load(chain("c0", 6)) == 6
+
+    asyncio.run(scenario())
+
+
+def test_what_is_committed_while_the_disk_recovers_becomes_durable_afterwards(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.start()
+        await node.engine.save(chain("old", 4), session_id="old")
+        await node.stop()
+        await node.start(recover=False)
+        await node.engine.save(chain("new", 4), session_id="new")
+        assert await node.load(chain("old", 4)) == 0, "not recovered yet"
+        await node.engine.save(chain("old", 2))
+        await node.store.durability.recover()
+        node.store.check()
+        assert [await node.load(chain(name, 4)) for name in ("old", "new")] == [4, 4]
+        await node.flush()
+        await node.crash()
+        await node.start()
+        assert [await node.load(chain(name, 4)) for name in ("old", "new")] == [4, 4]
+        await node.stop()
 
     asyncio.run(scenario())
 
