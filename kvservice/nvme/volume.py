@@ -299,8 +299,7 @@ class Volume:
 
     def _new_segment(self, stride: int, wanted: int) -> _Segment | None:
         taken = sum(self._file_bytes(segment) for segment in self._segments.values())
-        room = self.capacity_bytes - self._journal_bytes - taken - PAGE_BYTES
-        extents = min(wanted, room // stride)
+        extents = min(wanted, (self.capacity_bytes - self._journal_bytes - taken - PAGE_BYTES) // stride)
         if extents < 1:
             return None
         segment_id = max(self._segments, default=0) + 1
@@ -359,9 +358,8 @@ class Volume:
 
     def _plausible(self, stored: np.ndarray, namespace_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Without records of extents that no longer exist or belong to another namespace now."""
-        digests = list(self._specs)
+        digests, keep = list(self._specs), []
         owner = {segment_id: segment.header for segment_id, segment in self._segments.items()}
-        keep = []
         for extent, of, size in zip(
             stored["extent"].tolist(), namespace_index.tolist(), stored["hash_size"].tolist(), strict=True
         ):

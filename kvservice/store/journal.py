@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 from kvservice.blocks import NO_EXTENT, NamespaceSpec, Rows
 from kvservice.nvme import RecordKind, record, records_array
@@ -100,32 +101,10 @@ class Journal:
         if error is not None:
             disk.fail(f"checkpoint failed: {error}")
 
-    def _add(
-        self,
-        kind: RecordKind,
-        spec: NamespaceSpec,
-        extent: int,
-        *,
-        block_hash: bytes = b"",
-        parent: bytes = b"",
-        depth: int = 0,
-        uses: int = 0,
-        checksum: int = 0,
-        last_used_s: float = 0.0,
-    ) -> None:
-        packed = record(
-            kind,
-            spec,
-            self._disks.local(extent),
-            block_hash=block_hash,
-            parent=parent,
-            depth=depth,
-            uses=uses,
-            checksum=checksum,
-            last_used_s=last_used_s,
-        )
+    def _add(self, kind: RecordKind, spec: NamespaceSpec, extent: int, **fields: Any) -> None:
+        """Queue a record; `fields` as `nvme.record` takes them."""
         pending = self._pending[self._disks.of(extent)]
-        pending.append(packed)
+        pending.append(record(kind, spec, self._disks.local(extent), **fields))
         if len(pending) > _PENDING_MAX:
             del pending[: _PENDING_MAX // 2]  # the disk has been offline for long: what is lost is misses
 
