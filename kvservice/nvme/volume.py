@@ -72,6 +72,7 @@ class Volume:
         self._live = 0
         self._unflushed: set[int] = set()
         self._mutex = threading.Lock()
+        self._flushing = threading.Lock()
         self._local = threading.local()
         os.makedirs(os.path.join(directory, "segments"), mode=0o700, exist_ok=True)
         self.journal = Journal(os.path.join(directory, "index"), files)
@@ -178,15 +179,21 @@ class Volume:
 
     def flush(self) -> None:
         """What was written before this call survives a loss of power when it returns. Raises OSError."""
-        with self._mutex:
-            segments = [self._segments[segment_id] for segment_id in self._unflushed]
-            self._unflushed.clear()
-        for segment in segments:
-            self._files.flush(segment.descriptor)
+        with self._flushing:  # who comes second waits: a flush under way may be of its blocks
+            while self._unflushed:
+                with self._mutex:
+                    segment_id = self._unflushed.pop()
+                try:
+                    self._files.flush(self._segments[segment_id].descriptor)
+                except OSError:
+                    self._unflushed.add(segment_id)
+                    raise
 
     def append(self, records: np.ndarray) -> None:
         """Make journal records (dtype RECORD) durable; payloads first. Raises OSError."""
         self._write_namespaces()
+        if self.journal.log_bytes + records.nbytes > self._journal_bytes // 2:
+            self.journal.fold()  # the bound holds also where nobody folded in time
         self.journal.append(records)
 
     def read(self, extent: int, spec: NamespaceSpec, block_hash: BlockHash, memory: memoryview) -> ReadResult:
@@ -279,7 +286,7 @@ class Volume:
         wanted = max(1, (self._segment_bytes - PAGE_BYTES) // stride)
         added = 0
         while added < missing:
-            segment = self._idle_segment(stride) or self._new_segment(stride, wanted)
+            segment = self._idle_segment(digest, stride) or self._new_segment(stride, wanted)
             if segment is None:
                 break
             extents = min(wanted, (self._file_bytes(segment) - PAGE_BYTES) // stride)
@@ -289,10 +296,10 @@ class Volume:
             added += extents
         return added
 
-    def _idle_segment(self, stride: int) -> _Segment | None:
+    def _idle_segment(self, digest: bytes, stride: int) -> _Segment | None:
         """A segment of another namespace without a block, large enough for one extent."""
         for segment in self._segments.values():
-            is_idle = len(segment.free) == segment.header.extents
+            is_idle = segment.header.digest != digest and len(segment.free) == segment.header.extents
             if is_idle and self._file_bytes(segment) >= PAGE_BYTES + stride:
                 return segment
         return None

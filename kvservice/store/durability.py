@@ -66,6 +66,8 @@ class Durability:
         for one in restored:
             namespace = self._registry.restore_namespace(one.spec)
             self._disks.release(one.orphans)
+            if namespace is not None:
+                self._journal.left(namespace, one.orphans)  # or a later start would find them again
             if namespace is None:
                 self._disks.release(one.index.extent[: len(one.index)].tolist())
             else:
