@@ -1,11 +1,8 @@
-"""tiers: what a memory or disk level promises to the store."""
+"""tiers: what every memory or disk level says of itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-from kvservice.blocks import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,17 +12,3 @@ class TierUsage:
     capacity_bytes: int
     used_bytes: int
     state: str
-
-
-class BlockTier(Protocol):
-    """A place that keeps blocks' bytes: bounded, and honest about its state."""
-
-    tier: Tier
-
-    def usage(self) -> TierUsage:
-        """Occupancy now. Never blocks."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back. Blocks until no byte moves any more."""
-        ...

@@ -61,7 +61,6 @@ class Volume:
         self.directory = directory
         self.capacity_bytes = capacity_bytes
         self.written_bytes = 0
-        self.payload_bytes = 0
         self._segment_bytes = segment_bytes
         self._files = files
         self._lock_descriptor = lock
@@ -175,7 +174,6 @@ class Volume:
         with self._mutex:
             self._unflushed.add(segment.header.segment_id)
             self.written_bytes += PAGE_BYTES + len(memory)
-            self.payload_bytes += spec.block_size_bytes
 
     def flush(self) -> None:
         """What was written before this call survives a loss of power when it returns. Raises OSError."""
