@@ -23,7 +23,7 @@ LIMITS = "Limits on what clients may ask for"
 LIFECYCLE = "Background work, draining, logs"
 NETWORK = "TCP and HTTP"
 
-POLICIES = ("lru",)
+POLICIES = ("fifo", "lru")
 """Names of the eviction policies; the room `policies` implements each."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -181,7 +181,8 @@ class Config:
     policy: str = knob(
         "lru",
         EVICTION,
-        "Order in which blocks leave. lru: unused for longest first, the deepest block of a chain before its prefix.",
+        "Order in which blocks leave, the deepest block of a chain before its prefix. lru: unused for longest first. "
+        "fifo: stored first, for comparison.",
         choices=POLICIES,
     )
 

@@ -6,7 +6,8 @@ Every way in which a block leaves goes through `drop`, so that no book forgets t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ from kvservice.history import Departure, History
 from kvservice.index import Index, State
 from kvservice.instances import Instance
 from kvservice.metrics import Metrics
-from kvservice.policies import EvictionPolicy, make_policy
+from kvservice.policies import EvictionPolicy, Window, make_policy
 from kvservice.sessions import Sessions, session_key
 from kvservice.store.arrivals import Arrival
 
@@ -49,6 +50,8 @@ class Namespace:
     sessions: Sessions
     history: History
     pool: SlotPool
+    window: Window = field(default_factory=Window)
+    """What waiting requests need."""
     index: Index = field(default_factory=Index)
     counters: Counters = field(default_factory=Counters)
     arrivals: dict[int, Arrival] = field(default_factory=dict)
@@ -69,17 +72,49 @@ class Namespace:
         return slot_stride_bytes(self.spec.block_size_bytes)
 
     def touch(self, rows: Rows, now_s: float) -> None:
-        """The chain `rows` (root first) was used."""
+        """A request used the chain `rows` (root first)."""
         if len(rows):
             self.index.last_used_s[rows] = now_s
-            self.policy.touch(rows)
-            self.nvme_policy.touch(rows)
+            self.policy.touch(rows, now_s)
+            self.nvme_policy.touch(rows, now_s)
             self.last_used_s = now_s
+
+    def stored(self, rows: Rows, now_s: float) -> None:
+        """These blocks became resident, a block before what follows it."""
+        if len(rows):
+            self.index.last_used_s[rows] = now_s
+            parents = self.index.parent[rows]
+            self.policy.stored(rows, parents, now_s)
+            self.nvme_policy.stored(rows, parents, now_s)
+            self.last_used_s = now_s
+
+    def queue(self, request: Hashable, rows: Rows, order: float) -> None:
+        """The request waits and needs the held chain `rows` (root first); replaces what was said of it before.
+
+        Args:
+            order: finite; smaller starts earlier.
+        """
+        self._tell_needed(self.window.queue(request, rows, order))
+
+    def unqueue(self, request: Hashable) -> None:
+        """The request started or was cancelled; nothing happens where it is unknown."""
+        self._tell_needed(self.window.unqueue(request))
+
+    def exempt_until(self, order: float) -> None:
+        """What requests up to that order need does not leave the store, though it may leave DRAM for NVMe."""
+        self._recall(self.window.exempt_until(order))
+
+    def expect(self, rows: Rows, at_s: float) -> None:
+        """The application says when an idle conversation's rows will be used; infinite: never again."""
+        if len(rows):
+            self.policy.expect(rows, at_s)
+            self.nvme_policy.expect(rows, at_s)
 
     def swap_index(self, index: Index, moved: Mapping[int, int]) -> None:
         """Take another index into use; `moved` says which rows of it the present ones became."""
         self.index = index
         self.policy, self.nvme_policy = make_policy(self.policy.name), make_policy(self.nvme_policy.name)
+        self._tell_needed(self.window.move(moved))
         self.sessions.moved(moved)
 
     def end_hold(self, slots: Slots) -> None:
@@ -88,7 +123,7 @@ class Namespace:
         self.pool.unhold(slots)
         rows = rows[rows != NO_ROW]
         # Blocks that were passed over by eviction while held take their place in the order again.
-        self.policy.touch(rows[self.index.state[rows] == State.RESIDENT])
+        self.policy.released(rows[self.index.state[rows] == State.RESIDENT])
 
     def drop(self, row: int, reason: DropReason, now_s: float) -> None:
         """Take out a block that has nothing behind it. Its slot is free at once unless held."""
@@ -99,6 +134,7 @@ class Namespace:
         self.sessions.row_left(row, parent)
         self.policy.forget(row)
         self.nvme_policy.forget(row)
+        self.window.forget(row)
         self.arrivals.pop(row, None)
         index.remove(row)
         if slot != NO_SLOT:
@@ -113,9 +149,10 @@ class Namespace:
     def demote(self, row: int) -> None:
         """Let a block that is on NVMe too leave DRAM: no write, no loss."""
         parent, slot = int(self.index.parent[row]), int(self.index.slot[row])
-        self.policy.forget(row)
+        self.policy.demoted(row)
         self.index.detach_slot(row)
         self.pool.disown(slot)
+        self._expose(row)  # eviction from NVMe passed it over while it was in DRAM
         if parent != NO_ROW:
             self._expose(parent)
 
@@ -151,7 +188,7 @@ class Namespace:
         """
         before = self.pool.free_slots
         if slots_wanted > 0:
-            for row in self.policy.victims(self._may_leave_dram):
+            for row in self.policy.victims(self._may_leave_dram, now_s):
                 if self.index.extent[row] != NO_EXTENT:
                     self.demote(row)
                 else:
@@ -164,7 +201,7 @@ class Namespace:
         """Drop blocks that are on NVMe only, ends of chains first; how many extents that freed."""
         freed = 0
         if extents_wanted > 0:
-            for row in self.nvme_policy.victims(self._may_leave_nvme):
+            for row in self.nvme_policy.victims(self._may_leave_nvme, now_s):
                 self.drop(row, DropReason.CAPACITY, now_s)
                 freed += 1
                 if freed == extents_wanted:
@@ -195,10 +232,13 @@ class Namespace:
         """How many slots eviction can free now; exact unless it is clearly at least `enough`.
 
         What stands in front of a held block cannot leave either; what is not resident yet leaves
-        with its writer only.
+        with its writer only, and what waiting requests need leaves DRAM only where it stays on NVMe.
         """
-        held = (self.pool.holders > 0) | (self.index.state[self.pool.row_of] != State.RESIDENT)
         owned = self.pool.row_of != NO_ROW
+        held = (self.pool.holders > 0) | (self.index.state[self.pool.row_of] != State.RESIDENT)
+        if len(self.window):
+            rows = self.pool.row_of[owned]
+            held[owned] |= self.window.exempt(rows) & (self.index.extent[rows] == NO_EXTENT)
         free_standing = int(np.count_nonzero(owned & ~held))
         held_rows = self.pool.row_of[owned & held]
         if free_standing - int(np.sum(self.index.depth[held_rows])) >= enough:
@@ -225,6 +265,21 @@ class Namespace:
         reserved = self.index.state[present] == State.RESERVED
         assert (self.pool.holders[slots[reserved]] > 0).all(), "a reserved block without its writer"
 
+    def _tell_needed(self, rows: Rows) -> None:
+        if len(rows):
+            orders = self.window.order_of(rows)
+            self.policy.needed(rows, orders)
+            self.nvme_policy.needed(rows, orders)
+            self._recall(rows[orders == math.inf])
+
+    def _recall(self, rows: Rows) -> None:
+        """Eviction may have passed these rows over while they were exempt."""
+        index = self.index
+        for row in rows[(index.dram_children[rows] == 0) & (index.slot[rows] != NO_SLOT)].tolist():
+            self.policy.exposed(row)
+        for row in rows[index.first_child[rows] == NO_ROW].tolist():
+            self.nvme_policy.exposed(row)
+
     def _is_only_for_forgotten(self, row: int) -> bool:
         """Whether nothing follows the block and no session that is still known ends there."""
         index = self.index
@@ -232,8 +287,8 @@ class Namespace:
         return bool(is_end) and not self.sessions.is_tip(row)
 
     def _expose(self, row: int) -> None:
-        """Something behind `row` left: it may be the end of its chain now."""
-        if self.index.dram_children[row] == 0:
+        """It may be the end of its chain now, in DRAM or at all."""
+        if self.index.dram_children[row] == 0 and self.index.slot[row] != NO_SLOT:
             self.policy.exposed(row)
         if self.index.first_child[row] == NO_ROW:
             self.nvme_policy.exposed(row)
@@ -251,6 +306,7 @@ class Namespace:
             and index.dram_children[row] == 0
             and not index.dirty[row]
             and self.pool.holders[slot] == 0
+            and (index.extent[row] != NO_EXTENT or not self.window.is_exempt(row))
         )
 
     def _may_leave_nvme(self, row: int) -> bool:
@@ -260,6 +316,7 @@ class Namespace:
             and index.extent[row] != NO_EXTENT
             and index.slot[row] == NO_SLOT
             and index.first_child[row] == NO_ROW
+            and not self.window.is_exempt(row)
         )
 
 

@@ -150,9 +150,10 @@ def adopt(namespace: Namespace, restored: Restored, now_s: float) -> None:
         pool.row_of[slot] = target
         moved[row] = target
     namespace.swap_index(new, moved)
-    namespace.nvme_policy.touch(restored.coldest_first[::-1])
+    recovered = restored.coldest_first[::-1]
+    namespace.nvme_policy.stored(recovered, new.parent[recovered], now_s)
     carried = np.array(list(moved.values()), dtype=np.int32)
-    namespace.policy.touch(carried)
-    namespace.nvme_policy.touch(carried)
+    namespace.policy.stored(carried, new.parent[carried], now_s)
+    namespace.nvme_policy.touch(carried, now_s)
     for session, tip in restored.tips:
         namespace.sessions.extend(session, np.zeros(0, dtype=np.int32), tip)

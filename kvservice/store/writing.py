@@ -115,7 +115,7 @@ class Writing:
         alive = rows[rows != NO_ROW]
         if len(alive):
             resident = namespace.index.publish(alive, now_s)
-            namespace.touch(resident, now_s)
+            namespace.stored(resident, now_s)
             namespace.counters.committed += len(alive)
             self._metrics.committed_blocks.inc(len(alive))
             self._metrics.committed_bytes.inc(len(alive) * namespace.spec.block_size_bytes)

@@ -30,7 +30,7 @@ def anything(row: int) -> bool:
 def take(policy: EvictionPolicy, count: int = 1_000_000, is_evictable: Callable[[int], bool] = anything) -> list[int]:
     """The next victims, taken out of the order as the caller of a policy must."""
     found = []
-    for row in islice(policy.victims(is_evictable), count):
+    for row in islice(policy.victims(is_evictable, 0.0), count):
         policy.forget(row)
         found.append(row)
     return found
@@ -62,7 +62,7 @@ class Tree:
 
     def touch(self, chain: Sequence[int]) -> None:
         self._touches += 1
-        self.policy.touch(rows(*chain))
+        self.policy.touch(rows(*chain), 0.0)
         for depth, row in enumerate(chain):
             self.key[row] = (self._touches, -depth)
 
@@ -94,7 +94,7 @@ class Tree:
 
     def evict(self, count: int) -> Iterator[tuple[int, int]]:
         """(what came, what should have come) for each eviction."""
-        for row in islice(self.policy.victims(self.is_evictable), count):
+        for row in islice(self.policy.victims(self.is_evictable, 0.0), count):
             yield row, self.expected()
             self.remove(row)
 
@@ -168,7 +168,7 @@ def test_subtrees_that_are_forgotten_in_between_lose_nobody(
                     free.append(row)
     left = set(tree.parent)
     came = []
-    for row in tree.policy.victims(tree.is_evictable):
+    for row in tree.policy.victims(tree.is_evictable, 0.0):
         assert tree.is_evictable(row)
         came.append(row)
         tree.remove(row)
@@ -177,44 +177,44 @@ def test_subtrees_that_are_forgotten_in_between_lose_nobody(
 
 def test_the_deepest_block_of_a_chain_leaves_first() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0, 1, 2))
-    policy.touch(rows(3, 4))
+    policy.touch(rows(0, 1, 2), 0.0)
+    policy.touch(rows(3, 4), 0.0)
     assert take(policy) == [2, 1, 0, 4, 3]
 
 
 def test_a_touch_renews_the_whole_chain() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0, 1))
-    policy.touch(rows(2, 3))
-    policy.touch(rows(0, 1))
+    policy.touch(rows(0, 1), 0.0)
+    policy.touch(rows(2, 3), 0.0)
+    policy.touch(rows(0, 1), 0.0)
     assert take(policy) == [3, 2, 1, 0]
 
 
 def test_victims_go_on_where_the_last_call_stopped() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0, 1, 2, 3))
+    policy.touch(rows(0, 1, 2, 3), 0.0)
     assert take(policy, 1) == [3]
     assert take(policy, 2) == [2, 1]
-    policy.touch(rows(5))
+    policy.touch(rows(5), 0.0)
     assert take(policy) == [0, 5]
     assert take(policy) == []
 
 
 def test_a_row_passed_over_comes_back_when_it_is_touched() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0))
-    policy.touch(rows(1))
+    policy.touch(rows(0), 0.0)
+    policy.touch(rows(1), 0.0)
     assert take(policy, is_evictable=lambda row: row != 0) == [1]
     assert take(policy) == []
-    policy.touch(rows(0))
+    policy.touch(rows(0), 0.0)
     assert take(policy) == [0]
 
 
 def test_a_row_passed_over_comes_first_when_it_is_exposed() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0))
-    policy.touch(rows(1))
-    policy.touch(rows(2))
+    policy.touch(rows(0), 0.0)
+    policy.touch(rows(1), 0.0)
+    policy.touch(rows(2), 0.0)
     assert take(policy, 1, is_evictable=lambda row: row != 0) == [1]
     policy.exposed(0)
     assert take(policy) == [0, 2]
@@ -222,55 +222,55 @@ def test_a_row_passed_over_comes_first_when_it_is_exposed() -> None:
 
 def test_exposing_a_row_whose_turn_is_still_to_come_changes_nothing() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0))
-    policy.touch(rows(1))
+    policy.touch(rows(0), 0.0)
+    policy.touch(rows(1), 0.0)
     policy.exposed(1)
     assert take(policy) == [0, 1]
 
 
 def test_a_row_used_after_it_was_exposed_takes_its_new_place() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0))
+    policy.touch(rows(0), 0.0)
     assert take(policy, is_evictable=lambda row: False) == []
     policy.exposed(0)
-    policy.touch(rows(1))
-    policy.touch(rows(0))
+    policy.touch(rows(1), 0.0)
+    policy.touch(rows(0), 0.0)
     assert take(policy) == [1, 0]
 
 
 def test_a_number_used_again_is_not_taken_for_its_predecessor() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0, 1))
-    policy.touch(rows(2))
+    policy.touch(rows(0, 1), 0.0)
+    policy.touch(rows(2), 0.0)
     policy.forget(1)
     # Row 1 is another block now, reserved and not stored yet: it must not come up by the old entry.
     assert take(policy, 1) == [0]
-    policy.touch(rows(1))
+    policy.touch(rows(1), 0.0)
     assert take(policy) == [2, 1]
 
 
 def test_a_number_used_again_after_exposure_is_not_taken_for_its_predecessor() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(0))
-    policy.touch(rows(5))
+    policy.touch(rows(0), 0.0)
+    policy.touch(rows(5), 0.0)
     assert take(policy, is_evictable=lambda row: False) == []
     policy.exposed(0)
     policy.forget(0)
-    policy.touch(rows(7))
-    policy.touch(rows(0))
+    policy.touch(rows(7), 0.0)
+    policy.touch(rows(0), 0.0)
     assert take(policy) == [7, 0]
 
 
 def test_touching_nothing_is_nothing() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows())
+    policy.touch(rows(), 0.0)
     assert take(policy) == []
 
 
 def test_rows_with_large_numbers_are_as_good_as_others() -> None:
     policy = LeastRecentlyUsed()
-    policy.touch(rows(1_000_000))
-    policy.touch(rows(3))
+    policy.touch(rows(1_000_000), 0.0)
+    policy.touch(rows(3), 0.0)
     policy.exposed(5_000_000)
     policy.forget(7_000_000)
     assert take(policy, is_evictable=lambda row: row < 5_000_000) == [1_000_000, 3]
@@ -304,7 +304,7 @@ def test_the_log_stays_in_proportion_to_the_rows() -> None:
     policy = LeastRecentlyUsed()
     chain = np.arange(500, dtype=np.int32)
     for _ in range(1_000):
-        policy.touch(chain)
+        policy.touch(chain, 0.0)
     logged = 0
 
     def count(row: int) -> bool:
@@ -317,8 +317,8 @@ def test_the_log_stays_in_proportion_to_the_rows() -> None:
     # 1,000 touches of 500 rows; a log that was never rewritten would hold 500,000 entries.
     policy = LeastRecentlyUsed()
     for _ in range(1_000):
-        policy.touch(chain)
-    assert sum(len(entry_rows) for entry_rows, _ in policy._log) <= 2 * 500 + 4096
+        policy.touch(chain, 0.0)
+    assert policy._order.logged <= 2 * 500 + 4096
 
 
 def test_every_policy_that_may_be_configured_exists() -> None:
@@ -329,5 +329,5 @@ def test_every_policy_that_may_be_configured_exists() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown policy 'random'; choose one of: lru"):
+    with pytest.raises(ConfigError, match=r"unknown policy 'random'; choose one of: .*lru"):
         make_policy("random")
