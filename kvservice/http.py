@@ -1,4 +1,4 @@
-"""http: /metrics, /livez and /readyz on a port of their own, for Prometheus, Kubernetes and people.
+"""http: the status page, /metrics, /livez and /readyz on a port of their own, for Prometheus, Kubernetes and people.
 
 A small threaded server beside the event loop, so that a loop that is stuck can still be reported. Everything is
 bounded: connections, the time each may take, the bytes of a request. There is no access control: it listens on
@@ -32,8 +32,15 @@ REQUEST_HEAD_BYTES_MAX = 32_768
 
 _TEXT = "text/plain; charset=utf-8"
 _BUSY = b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: text/plain\r\n\r\ntoo many connections\n"
-_INDEX = """kvservice
-
+_HTML_HEADERS = (
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("Cache-Control", "no-store"),
+    # No scripts, nothing from elsewhere, in nobody's frame: whatever a name on the page may try.
+    ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+)
+_PAGES = """/         what the daemon holds, the last hour, the last misses
 /metrics  Prometheus series
 /livez    200 while the process can do its work; 503 and the reasons: restart it
 /readyz   200 while it takes work; 503 and the reasons: wait, or look at the reasons
@@ -59,6 +66,7 @@ class HttpServer:
         registry: whose series /metrics shows.
         live: whether the process can do its work; called in this server's threads, and must not wait.
         ready: whether it takes work now; the same.
+        status_page: an HTML document about the daemon; the same.
     """
 
     def __init__(
@@ -69,11 +77,12 @@ class HttpServer:
         registry: CollectorRegistry,
         live: Callable[[], Verdict],
         ready: Callable[[], Verdict],
+        status_page: Callable[[], str],
     ) -> None:
         self._host = host
         self._port = port
         self._pages: Mapping[str, PageMaker] = {
-            "/": lambda _: _Page(HTTPStatus.OK, _INDEX.encode()),
+            "/": lambda _: _Page(HTTPStatus.OK, status_page().encode(), _HTML_HEADERS),
             "/livez": lambda _: _verdict_page(live()),
             "/readyz": lambda _: _verdict_page(ready()),
             "/metrics": _metrics_page_maker(registry),
@@ -245,7 +254,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
         assert isinstance(self.server, _Server)
         make = self.server.pages.get(self.path.partition("?")[0])
         if make is None:
-            return _Page(HTTPStatus.NOT_FOUND, f"no such page\n\n{_INDEX}".encode())
+            return _Page(HTTPStatus.NOT_FOUND, f"no such page\n\n{_PAGES}".encode())
         try:
             return make(self)
         except Exception as error:  # noqa: BLE001  # whatever fails in a verdict or a collector is answered and logged

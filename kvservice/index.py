@@ -46,6 +46,7 @@ _COLUMNS: dict[str, tuple[type, int]] = {
     "checksum": (np.uint64, 0),
     "uses": (np.uint32, 0),
     "last_used_s": (np.float64, 0),
+    "committed_at_s": (np.float64, 0),
 }
 
 
@@ -85,6 +86,7 @@ class Index:
         self.checksum: np.ndarray
         self.uses: np.ndarray
         self.last_used_s: np.ndarray
+        self.committed_at_s: np.ndarray
         self._grow_to(1024)
 
     def __len__(self) -> int:
@@ -221,7 +223,7 @@ class Index:
             The rows that became resident, a block before what follows it; may include rows of
             other writers that were waiting for these.
         """
-        self.last_used_s[rows] = now_s
+        self.last_used_s[rows] = self.committed_at_s[rows] = now_s
         parents = self.parent[rows]
         front = int(parents[0])
         is_one_chain = bool((parents[1:] == rows[:-1]).all())
@@ -295,6 +297,7 @@ class Index:
         self.parent[span] = parents
         self.extent[span], self.checksum[span] = extents, checksums
         self.uses[span], self.last_used_s[span] = uses, last_used_s
+        self.committed_at_s[span] = last_used_s  # no record says when: at the latest then
         self.checksummed[span] = True
         self.state[span] = State.RESIDENT
         # Siblings become neighbours when rows are sorted by what they follow.

@@ -17,14 +17,17 @@ from kvservice.http import HttpServer, Verdict
 from kvservice.leases import HoldKind
 from kvservice.logs import event_log
 from kvservice.metrics import Metrics, Snapshot, TierGauge
+from kvservice.server import status_page
 from kvservice.server.listeners import Health, listen_tls, make_server
 from kvservice.server.sockets import SocketDirectory
 from kvservice.server.tasks import BackgroundTasks
 from kvservice.service import ControlService, ObserverService
 from kvservice.service.control import PLANES
+from kvservice.status import Board, render
 from kvservice.store import Store
 
 _UPKEEP_INTERVAL_S = 0.1
+_STATUS_INTERVAL_S = 1.0
 _STALL_S = 10.0  # an event loop that did not come round for so long is not live
 _DRAIN_POLL_S = 0.02
 
@@ -58,7 +61,11 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.metrics = Metrics(version=__version__)
+        self.metrics = Metrics(
+            version=__version__,
+            prefill_tokens_per_gpu_s=config.prefill_tokens_per_gpu_s,
+            gpu_hour_price=config.gpu_hour_price,
+        )
         self.store = Store(config, self.metrics)
         self.health = Health()
         self.tasks = BackgroundTasks(self.metrics, on_death=self._on_task_death)
@@ -66,6 +73,7 @@ class Daemon:
         self.tcp_port = 0
         self._loop: asyncio.AbstractEventLoop
         self._beat_s = time.monotonic()
+        self._board = Board(clock=self.store.clock)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Daemon:
@@ -114,6 +122,7 @@ class Daemon:
         self.tasks.start("fd_socket", fd_socket.run())
         self.tasks.start("upkeep", self._keep_up())
         self.tasks.start("checksums", self.store.checksummer.run())
+        self.tasks.start("status_page", self._publish_status(control))
         if self.store.disks:
             self.tasks.start("write_behind", self.store.write_behind.run())
             recovery = asyncio.create_task(self._recover())
@@ -137,6 +146,7 @@ class Daemon:
                 registry=self.metrics.registry,
                 live=self._live,
                 ready=self._ready,
+                status_page=lambda: render(self._board.latest, self._board.clock()),
             )
             self.http_address = http.start()
             stack.callback(http.stop)
@@ -169,6 +179,11 @@ class Daemon:
             await self.store.upkeep()
             self._beat_s = time.monotonic()
             await asyncio.sleep(_UPKEEP_INTERVAL_S)
+
+    async def _publish_status(self, control: ControlService) -> None:
+        while True:
+            self._board.publish(status_page.gather(self.store, control.block_requests, state=self.state))
+            await asyncio.sleep(_STATUS_INTERVAL_S)
 
     def _on_task_death(self) -> None:
         self._health_task = self._loop.create_task(self.health.set(serving=False))
@@ -205,6 +220,7 @@ class Daemon:
             quarantined_slots=store.leases.quarantined_slots(),
             unchecksummed_blocks=store.checksummer.queued_blocks,
             draining=store.is_draining,
+            event_loop_lag_s=time.monotonic() - self._beat_s,
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from kvservice import __version__, errors
 from kvservice.instances import DrainNotice, HungUp, Notice, SegmentsChanged
-from kvservice.metrics import MISS_REASONS, Metrics
+from kvservice.metrics import Metrics
 from kvservice.service import getting, messages, reports
+from kvservice.service.block_requests import BlockRequests, RequestedBlocks
 from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
 from kvservice.service.messages import require_text
 from kvservice.store import Peer, Store, explain
@@ -39,6 +40,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._started_at_s = store.clock()
         self._attach_calls = metrics.rpc("Attach")
         self._get_calls = metrics.rpc("Get")
+        self.block_requests = BlockRequests(metrics, clock=store.clock)
         for method, answer in (
             ("Lookup", self._lookup),
             ("Renew", self._renew),
@@ -89,21 +91,16 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             self._get_calls.observe(time.perf_counter() - started_s, status.name)
             await abort(context, status, detail)
         self._get_calls.observe(time.perf_counter() - started_s, "OK")
-        nvme_blocks = granted.nvme_blocks
-        self._metrics.dram_hit_blocks.inc(len(granted.slots) - nvme_blocks)
+        # Nothing ran since the blocks were granted: the instance and the namespace are those.
+        instance = self._instance(context)
+        spec = self._store.namespace(instance, request.namespace_id).spec
         wait_s = request.wait_ms / 1000 if request.wait_ms else None
-        handed_out = 0
-        try:
+        with RequestedBlocks(
+            self.block_requests, granted, spec, instance_id=instance.instance_id, started_s=started_s
+        ) as requested:
             async for response in getting.responses(granted, wait_s=wait_s):
-                for run in response.runs:
-                    if run.WhichOneof("outcome") == "miss":
-                        self._metrics.miss_blocks[MISS_REASONS[run.miss - 1]].inc(run.blocks)
-                    else:
-                        handed_out += run.blocks
+                requested.answered(response)
                 await context.write(response)
-        finally:
-            self._metrics.nvme_hit_blocks.inc(max(0, handed_out - len(granted.slots) + nvme_blocks))
-            self._metrics.leased_bytes.inc(handed_out * granted.pool.stride_bytes)
 
     # -------------------------------------------------------------------- unary
 

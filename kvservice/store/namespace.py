@@ -131,6 +131,7 @@ class Namespace:
         parent, slot, extent = int(index.parent[row]), int(index.slot[row]), int(index.extent[row])
         idle_s = max(0.0, now_s - float(index.last_used_s[row]))
         self.history.remember(index.hash_of(row), Departure(reason, now_s, idle_s))
+        self.metrics.evictions.evicted(reason, age_s=max(0.0, now_s - float(index.committed_at_s[row])), idle_s=idle_s)
         self.sessions.row_left(row, parent)
         self.policy.forget(row)
         self.nvme_policy.forget(row)

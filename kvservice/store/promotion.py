@@ -92,6 +92,7 @@ class Promotion:
             settle([Landing.TIER_OFFLINE] * len(rows))
             return
         arrival.transfer = transfer
+        submitted_at_s = self._clock()
 
         def done(future: asyncio.Future[_Read]) -> None:
             if future.cancelled():
@@ -102,6 +103,8 @@ class Promotion:
                 read = future.result()
                 disk.took(read.seconds, len(rows) * size_bytes)
                 self._metrics.nvme_read_seconds.inc(read.seconds)
+                if priority is Priority.PREFETCH:
+                    self._metrics.operations.prefetch.observe(self._clock() - submitted_at_s)
                 settle(read.landings)
 
         transfer.done.add_done_callback(done)

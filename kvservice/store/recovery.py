@@ -147,6 +147,7 @@ def adopt(namespace: Namespace, restored: Restored, now_s: float) -> None:
             new.arriving[target] = False
         new.uses[target] += old.uses[row]
         new.last_used_s[target] = old.last_used_s[row]
+        new.committed_at_s[target] = old.committed_at_s[row]
         pool.row_of[slot] = target
         moved[row] = target
     namespace.swap_index(new, moved)

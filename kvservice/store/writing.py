@@ -138,6 +138,7 @@ class Writing:
         hold.slots, hold.positions = hold.slots[~chosen], hold.positions[~chosen]
         if not len(hold.slots):
             self._holds.leases.end(hold)
+            self._metrics.operations.put.observe(now_s - hold.granted_at_s)
         return runs(outcomes)
 
     async def _make_room(self, namespace: Namespace, slots_wanted: int, front: int) -> None:

@@ -82,6 +82,9 @@ def receive_all(connection: socket.socket) -> bytes:
     return received
 
 
+PAGE = "<!doctype html><title>the page</title>"
+
+
 @pytest.fixture
 def serving() -> Iterator[Serving]:
     metrics, health = Metrics(version="test"), Health()
@@ -91,6 +94,7 @@ def serving() -> Iterator[Serving]:
         registry=metrics.registry,
         live=lambda: health.answer("live"),
         ready=lambda: health.answer("ready"),
+        status_page=lambda: PAGE,
     )
     yield Serving(server.start(), metrics, health)
     server.stop()
@@ -130,16 +134,19 @@ def test_health_is_200_or_503_with_the_reasons(serving: Serving, page: str) -> N
     assert serving.ask(f"/{page}z?verbose=1")[0].status == 200
 
 
-def test_the_root_lists_the_pages(serving: Serving) -> None:
+def test_the_root_is_the_status_page_which_may_neither_run_nor_fetch_anything(serving: Serving) -> None:
     response, body = serving.ask("/")
-    assert response.status == 200
-    assert all(page in body for page in (b"/metrics", b"/livez", b"/readyz"))
+    assert (response.status, body) == (200, PAGE.encode())
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers["Content-Security-Policy"].startswith("default-src 'none'; ")
 
 
 def test_an_unknown_path_is_404_and_other_methods_are_405(serving: Serving) -> None:
     response, body = serving.ask("/metrics/../../etc/passwd")
     assert response.status == 404
     assert b"no such page" in body
+    assert all(page in body for page in (b"/metrics", b"/livez", b"/readyz"))
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "FLY"):
         response, _ = serving.ask("/metrics", method)
         assert response.status == 405, method
@@ -263,6 +270,7 @@ def test_a_port_in_use_says_which_knob_to_change(serving: Serving) -> None:
         registry=serving.metrics.registry,
         live=lambda: Verdict(ok=True),
         ready=lambda: Verdict(ok=True),
+        status_page=lambda: PAGE,
     )
     with pytest.raises(StartupError, match=rf"127.0.0.1:{serving.port}: Address already in use; change .*http_port"):
         taken.start()
@@ -276,6 +284,7 @@ def test_a_host_that_is_not_ours_is_a_startup_error() -> None:
         registry=Metrics(version="test").registry,
         live=lambda: Verdict(ok=True),
         ready=lambda: Verdict(ok=True),
+        status_page=lambda: PAGE,
     )
     with pytest.raises(StartupError, match="http_host"):
         server.start()
@@ -294,6 +303,7 @@ def test_names_and_ipv6_addresses_can_be_listened_on(host: str) -> None:
         registry=Metrics(version="test").registry,
         live=lambda: Verdict(ok=True),
         ready=lambda: Verdict(ok=True),
+        status_page=lambda: PAGE,
     )
     address = server.start()
     try:
@@ -307,7 +317,12 @@ def test_stopping_frees_the_port_cuts_connections_and_may_be_repeated() -> None:
     metrics = Metrics(version="test")
     verdict = Verdict(ok=True)
     server = HttpServer(
-        host="127.0.0.1", port=0, registry=metrics.registry, live=lambda: verdict, ready=lambda: verdict
+        host="127.0.0.1",
+        port=0,
+        registry=metrics.registry,
+        live=lambda: verdict,
+        ready=lambda: verdict,
+        status_page=lambda: PAGE,
     )
     port = int(server.start().rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as held:
@@ -318,7 +333,12 @@ def test_stopping_frees_the_port_cuts_connections_and_may_be_repeated() -> None:
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=10).close()
     again = HttpServer(
-        host="127.0.0.1", port=port, registry=metrics.registry, live=lambda: verdict, ready=lambda: verdict
+        host="127.0.0.1",
+        port=port,
+        registry=metrics.registry,
+        live=lambda: verdict,
+        ready=lambda: verdict,
+        status_page=lambda: PAGE,
     )
     again.start()
     again.stop()

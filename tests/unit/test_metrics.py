@@ -121,7 +121,7 @@ def test_every_series_is_ours_and_named_with_its_unit(metrics: Metrics) -> None:
         assert re.fullmatch(r"kvservice_[a-z_]+", family.name), family.name
         assert len(family.documentation) > 10 or "process" in family.name, family.name
         assert not family.name.endswith(("_ms", "_mb", "_kb", "_percent")), family.name
-    assert text.count("\n") < 400, "that many lines for one method: some label is not from a short list"
+    assert text.count("\n") < 500, "that many lines for one method: some label is not from a short list"
 
 
 def test_the_lists_written_down_here_are_the_contracts() -> None:

@@ -1,4 +1,4 @@
-"""metrics: every Prometheus series in one place.
+"""The series of one daemon: counters bound once, gauges read at the scrape.
 
 Few series, whatever the traffic: labels take values from short lists written down here or in the contract, never a
 name that a client chose. What is per namespace or per instance is in `kvservice stats`.
@@ -15,12 +15,21 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvservice.blocks import DropReason, Tier
+from kvservice.metrics.latency import Evictions, Operations
+from kvservice.metrics.savings import Savings
 
 Key = TypeVar("Key")
 
@@ -29,6 +38,9 @@ RPC_SECONDS_BUCKETS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 2
 
 MISS_REASONS = ("not_held", "being_written", "prefix_missing", "corrupt", "tier_offline", "over_limit")
 """The contract's MissReason, in its order, without the first (unspecified)."""
+
+CANCELLED = "cancelled"
+"""Reason of what a caller no longer waited for; no answer carries it."""
 
 PUT_OUTCOMES = ("reserved", "held", "being_written", "refused")
 """The contract's PutRun outcomes."""
@@ -58,6 +70,7 @@ class Snapshot:
     quarantined_slots: int
     unchecksummed_blocks: int
     draining: bool
+    event_loop_lag_s: float = 0.0
 
 
 _GAUGES: Mapping[str, str] = {
@@ -71,6 +84,17 @@ _GAUGES: Mapping[str, str] = {
     "unchecksummed_blocks": "Committed blocks whose checksum is still to be made.",
     "draining": "1 while the daemon takes no new work because it is shutting down.",
 }
+
+
+_LAG = "kvservice_event_loop_lag_seconds"
+_LAG_ABOUT = "Time since the event loop last came round; a tenth of a second is normal, above ten /livez fails."
+
+
+_TIER_GAUGES = (
+    ("kvservice_tier_capacity_bytes", "Size of a tier."),
+    ("kvservice_tier_used_bytes", "Part of a tier that namespaces own."),
+    ("kvservice_tier_online", "1 while the tier can be used."),
+)
 
 
 class Calls:
@@ -102,10 +126,18 @@ class Metrics:
 
     Args:
         version: the daemon's version, for kvservice_build_info.
+        prefill_tokens_per_gpu_s, gpu_hour_price: what saved tokens are worth; 0: not estimated.
     """
 
-    def __init__(self, *, version: str) -> None:
+    def __init__(self, *, version: str, prefill_tokens_per_gpu_s: float = 0.0, gpu_hour_price: float = 0.0) -> None:
+        # The library's _created gauges: as many series again, and kvservice_process_start_time_seconds says it.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
+        self.operations = Operations(self.registry)
+        self.evictions = Evictions(self.registry)
+        self.savings = Savings(
+            self.registry, prefill_tokens_per_gpu_s=prefill_tokens_per_gpu_s, gpu_hour_price=gpu_hour_price
+        )
         self._rpc_seconds = Histogram(
             "kvservice_rpc_duration_seconds",
             "Time in the daemon of one RPC, by method and gRPC status code (streams: until their first message).",
@@ -151,7 +183,9 @@ class Metrics:
         )
         self.dram_hit_blocks = requested.labels(outcome="dram", reason="")
         self.nvme_hit_blocks = requested.labels(outcome="nvme", reason="")
-        self.miss_blocks = _bind(MISS_REASONS, lambda reason: requested.labels(outcome="miss", reason=reason))
+        self.miss_blocks = _bind(
+            (*MISS_REASONS, CANCELLED), lambda reason: requested.labels(outcome="miss", reason=reason)
+        )
         looked_up = self._counter("kvservice_block_lookups", "Blocks asked for by Lookup, by outcome.", ("outcome",))
         self.lookup_held_blocks = looked_up.labels(outcome="held")
         self.lookup_miss_blocks = looked_up.labels(outcome="miss")
@@ -207,15 +241,19 @@ class _StateCollector(Collector):
 
     def describe(self) -> list[Metric]:
         # Told apart from collect, so that registering reads no state of a daemon that is still starting.
-        return [GaugeMetricFamily(f"kvservice_{name}", about) for name, about in _GAUGES.items()]
+        families = [
+            *((f"kvservice_{name}", about) for name, about in _GAUGES.items()),
+            (_LAG, _LAG_ABOUT),
+            *_TIER_GAUGES,
+        ]
+        return [GaugeMetricFamily(name, about) for name, about in families]
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._read()
         for name, about in _GAUGES.items():
             yield GaugeMetricFamily(f"kvservice_{name}", about, value=float(getattr(snapshot, name)))
-        capacity = GaugeMetricFamily("kvservice_tier_capacity_bytes", "Size of a tier.", labels=("tier",))
-        used = GaugeMetricFamily("kvservice_tier_used_bytes", "Part of a tier that namespaces own.", labels=("tier",))
-        online = GaugeMetricFamily("kvservice_tier_online", "1 while the tier can be used.", labels=("tier",))
+        yield GaugeMetricFamily(_LAG, _LAG_ABOUT, value=snapshot.event_loop_lag_s)
+        capacity, used, online = (GaugeMetricFamily(name, about, labels=("tier",)) for name, about in _TIER_GAUGES)
         for tier in snapshot.tiers:
             capacity.add_metric((tier.tier.value,), tier.capacity_bytes)
             used.add_metric((tier.tier.value,), tier.used_bytes)

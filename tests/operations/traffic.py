@@ -1,0 +1,58 @@
+"""traffic: an engine's day in a second: conversations that are saved, resumed, prefetched, forgotten, and missed."""
+
+from __future__ import annotations
+
+import kvservice_client as kv
+from tests.blocks import chain, contents, namespace
+from tests.daemons import MIB
+
+BLOCK_BYTES = 64 * 1024
+BLOCKS = 12
+KNOBS = {
+    "dram_bytes": 4 * MIB,
+    "dram_segment_bytes": 1 * MIB,
+    "nvme_bytes": 64 * MIB,
+    "nvme_segment_bytes": 4 * MIB,
+    "nvme_write_behind_s": 0.05,
+    "gpu_hour_price": 2.5,
+}
+"""DRAM for five conversations, NVMe for more than there are."""
+
+MODEL = namespace("model", block_size_bytes=BLOCK_BYTES, label="llama-3-8b bf16 tp0")
+
+
+class Engine:
+    """A client with conversations; every turn finds the earlier ones, or says what it missed."""
+
+    def __init__(self, socket_dir: str, name: str = "vllm-0") -> None:
+        self.client = kv.attach(MODEL, socket_dir=socket_dir, instance_name=name)
+        assert self.client.attached, self.client.status
+        self._buffer = bytearray(BLOCKS * BLOCK_BYTES)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.client.close()
+
+    def save(self, conversation: str) -> int:
+        """Save all blocks of a conversation; how many were new."""
+        hashes = chain(conversation, BLOCKS)
+        return int(self.client.save(hashes, contents(hashes, BLOCK_BYTES)).saved)
+
+    def resume(self, conversation: str) -> int:
+        """Load what is held of it; how many blocks."""
+        return int(self.client.load(chain(conversation, BLOCKS), self._buffer).blocks)
+
+    def prefetch(self, conversation: str) -> None:
+        """What a scheduler does ahead of a request."""
+        self.client.prefetch(chain(conversation, BLOCKS))
+
+
+def conversations(engine: Engine, *, count: int, name: str = "chat") -> None:
+    """Save more conversations than DRAM holds, resume each, and ask for one that nobody saved."""
+    for number in range(count):
+        engine.save(f"{name} {number}")
+    for number in range(count):
+        engine.resume(f"{name} {number}")
+    engine.resume(f"{name} unknown")
