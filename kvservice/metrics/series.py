@@ -131,7 +131,7 @@ class Metrics:
 
     def __init__(self, *, version: str, prefill_tokens_per_gpu_s: float = 0.0, gpu_hour_price: float = 0.0) -> None:
         # The library's _created gauges: as many series again, and kvservice_process_start_time_seconds says it.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.operations = Operations(self.registry)
         self.evictions = Evictions(self.registry)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import kvservice_client as kv
 from tests.blocks import chain, contents, namespace
 from tests.daemons import MIB
 
 BLOCK_BYTES = 64 * 1024
 BLOCKS = 12
-KNOBS = {
+KNOBS: dict[str, Any] = {
     "dram_bytes": 4 * MIB,
     "dram_segment_bytes": 1 * MIB,
     "nvme_bytes": 64 * MIB,

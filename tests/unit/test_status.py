@@ -74,7 +74,6 @@ def status(at_s: float = 0.0, of: HitCounts | None = None) -> Status:
 
 def test_a_minute_holds_what_came_in_it_and_the_current_one_grows() -> None:
     board = Board(clock=lambda: 0.0)
-    assert board.latest is None
     for at_s, dram, missed in ((0, 0, 0), (30, 10, 2), (61, 15, 2), (90, 20, 9)):
         board.publish(status(at_s, counts(dram, misses={"not_held": missed})))
     assert board.latest is not None
