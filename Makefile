@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Where the engine tests' vLLM lives, apart from what the project itself needs.
+VLLM_VENV ?= .venv-vllm
 # Extra arguments for installing torch, for example an index that carries the build of your choice.
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -19,7 +21,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-engines check check-format check-lint check-types check-imports check-protos \
+.PHONY: help environment vllm-environment demo test test-engines check check-format check-lint check-types check-imports check-protos \
 	bench protos format clean clean-environment
 
 help: ## list the targets
@@ -31,8 +33,8 @@ demo: $(DEMO_STAMP) ## conversations that resume from the service; DEMO_ARGS="--
 test: $(DEV_STAMP) ## unit and integration tests; PYTEST_ARGS="-k name" to choose
 	$(BIN)/python -m pytest -m "not engines and not gpu" $(PYTEST_ARGS)
 
-test-engines: $(DEV_STAMP) ## real engines end to end
-	@$(BIN)/python -m pytest -m engines $(PYTEST_ARGS) || { status=$$?; \
+test-engines: $(DEV_STAMP) vllm-environment ## real engines end to end
+	@VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest -m engines $(PYTEST_ARGS) || { status=$$?; \
 	if [ $$status -eq 5 ]; then echo "make test-engines: no test carries the marker 'engines': nothing was tested" >&2; fi; \
 	exit $$status; }
 
@@ -68,10 +70,14 @@ clean: ## remove what was built and cached; the environment stays
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-clean-environment: ## remove the environment
-	rm -rf $(VENV)
+clean-environment: ## remove the environments
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_VENV).lock
 
 environment: $(DEV_STAMP) ## everything that test and check need
+
+# Status 3 says that vLLM cannot be had here: its tests are then skipped with that reason, and fail in CI.
+vllm-environment: ## a vLLM without a GPU, for the engine tests; VLLM_VENV chooses where
+	@VLLM_VENV=$(VLLM_VENV) PYTHON=$(PYTHON) TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" scripts/install_vllm.sh || [ $$? -eq 3 ]
 
 $(VENV_STAMP):
 	@command -v $(PYTHON) >/dev/null || { \

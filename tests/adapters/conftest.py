@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvservice.demo.model import ModelShape, write_model
+from tests.adapters.vllm_engine import VENV, VllmEngine
 from tests.daemons import MIB, DaemonProcess
 
 TINY = ModelShape(
@@ -88,3 +89,28 @@ def daemon(absent_daemon: DaemonProcess) -> DaemonProcess:
     """A daemon of the test's own, to be killed and restarted."""
     absent_daemon.start()
     return absent_daemon
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    """Skips where vLLM's environment is missing; fails instead in CI, as `require_tool` does."""
+    if (VENV / ".installed").exists():
+        return
+    reason = f"no vLLM in {VENV}: make vllm-environment"
+    if os.environ.get("REQUIRE_TEST_TOOLS") == "1":
+        pytest.fail(f"{reason}, and REQUIRE_TEST_TOOLS=1 forbids skipping", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def vllm_process(vllm_installed: None) -> Iterator[VllmEngine]:
+    """A process that has imported vLLM, which takes its time; tests use `vllm`."""
+    with VllmEngine() as process:
+        yield process
+
+
+@pytest.fixture
+def vllm(vllm_process: VllmEngine) -> Iterator[VllmEngine]:
+    """Open engines in it; what is left open is closed after the test."""
+    yield vllm_process
+    vllm_process.do("close")
