@@ -39,6 +39,7 @@ _COLUMNS: dict[str, tuple[type, int]] = {
     "slot": (np.int32, NO_SLOT),
     "extent": (np.int64, NO_EXTENT),
     "dram_children": (np.int32, 0),
+    "nvme_children": (np.int32, 0),
     "arriving": (np.bool_, 0),
     "dirty": (np.bool_, 0),
     "state": (np.uint8, 0),
@@ -79,6 +80,7 @@ class Index:
         self.slot: np.ndarray
         self.extent: np.ndarray
         self.dram_children: np.ndarray
+        self.nvme_children: np.ndarray
         self.arriving: np.ndarray
         self.dirty: np.ndarray
         self.state: np.ndarray
@@ -202,6 +204,7 @@ class Index:
         self.extent[rows] = NO_EXTENT
         self.dram_children[rows[:-1]] = 1
         self.dram_children[rows[-1]] = 0
+        self.nvme_children[rows] = 0
         self.arriving[rows] = False
         self.dirty[rows] = False
         self.state[rows] = State.RESERVED
@@ -252,6 +255,20 @@ class Index:
             if self.parent[row] != NO_ROW:
                 self.dram_children[self.parent[row]] -= 1
 
+    def attach_extent(self, row: int, extent: int) -> None:
+        """The block's bytes are on NVMe now."""
+        assert self.extent[row] == NO_EXTENT, "the block is on NVMe already"
+        self.extent[row] = extent
+        if self.parent[row] != NO_ROW:
+            self.nvme_children[self.parent[row]] += 1
+
+    def detach_extent(self, row: int) -> None:
+        """The block's bytes are not on NVMe any more."""
+        if self.extent[row] != NO_EXTENT:
+            self.extent[row] = NO_EXTENT
+            if self.parent[row] != NO_ROW:
+                self.nvme_children[self.parent[row]] -= 1
+
     def remove(self, row: int) -> None:
         """Take out a row that has nothing behind it."""
         assert self.first_child[row] == NO_ROW, f"row {row} still has blocks behind it"
@@ -264,9 +281,9 @@ class Index:
             self.previous_sibling[after] = before
         self._written -= int(self.state[row] == State.WRITTEN)
         self.detach_slot(row)
+        self.detach_extent(row)
         self.state[row] = State.ABSENT
         self.parent[row] = NO_ROW
-        self.extent[row] = NO_EXTENT
         del self._rows[self.hash_of(row)]
         self._hashes[row] = None
         self._free.append(row)
@@ -304,6 +321,7 @@ class Index:
         order = np.argsort(parents, kind="stable").astype(np.int32)
         order = order[parents[order] != NO_ROW]
         of = parents[order]
+        self.nvme_children[span] = np.bincount(of, minlength=count)
         is_first = np.ones(len(order), dtype=bool)
         is_first[1:] = of[1:] != of[:-1]
         self.first_child[of[is_first]] = order[is_first]
@@ -330,6 +348,8 @@ class Index:
             assert row in set(self.children(parent)), f"row {row}: not among the blocks behind {parent}"
             in_dram = sum(self.slot[child] != NO_SLOT for child in self.children(row))
             assert self.dram_children[row] == in_dram, f"row {row}: count of children in DRAM is off"
+            on_nvme = sum(self.extent[child] != NO_EXTENT for child in self.children(row))
+            assert self.nvme_children[row] == on_nvme, f"row {row}: count of children on NVMe is off"
             has_bytes = self.slot[row] != NO_SLOT or self.extent[row] != NO_EXTENT
             assert has_bytes, f"row {row}: its bytes are nowhere"
             if self.state[row] == State.RESIDENT:

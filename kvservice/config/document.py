@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 
 from kvservice.config.fields import Knob
-from kvservice.config.values import Kind, NamespaceRule, literal, quoted
+from kvservice.config.values import RULE_SETTINGS, Kind, NamespaceRule, literal, quoted
 
 _TABLES = (Kind.PAIRS, Kind.RULES)
 
@@ -23,7 +23,7 @@ def as_toml(knobs: Mapping[str, Knob], values: Mapping[str, object], origins: Ma
         lines.append("")
         lines += textwrap.wrap(knob.about, width=110, initial_indent="# ", subsequent_indent="# ")
         lines.append(f"# {knob.facts()}{_origin(knob, origins)}")
-        lines += _assignment(knob, values[knob.name])
+        lines += _assignment(knobs, knob, values[knob.name])
     return "\n".join(lines) + "\n"
 
 
@@ -48,7 +48,8 @@ def as_markdown(knobs: Mapping[str, Knob]) -> str:
         lines += ["", f"### `{knob.name}`", "", f"*{knob.facts()}*", ""]
         lines += textwrap.wrap(knob.about, width=120)
         if knob.kind is Kind.RULES:
-            lines += ["", "```toml", '[namespaces."llama-3-8b*"]', 'dram_quota_bytes = "2GiB"', 'policy = "lru"', "```"]
+            example = NamespaceRule(dram_quota_bytes=2 << 30, nvme_quota_bytes=1 << 40, ttl_s=86_400.0)
+            lines += ["", "```toml", *_rule(knobs, "llama-3-8b*", example), "```"]
         elif knob.kind is Kind.PAIRS:
             example = "KVSERVICE_TENANTS=uid:1000=team-a,cn:ops=operations"
             lines += ["", "```toml", "[tenants]", '"uid:1000" = "team-a"', '"cn:ops" = "operations"', "```", ""]
@@ -60,14 +61,14 @@ def _origin(knob: Knob, origins: Mapping[str, str]) -> str:
     return f"; from {origins[knob.name]}" if knob.name in origins else ""
 
 
-def _assignment(knob: Knob, value: object) -> list[str]:
+def _assignment(knobs: Mapping[str, Knob], knob: Knob, value: object) -> list[str]:
     if knob.kind is Kind.PAIRS and isinstance(value, Mapping):
         return ["[tenants]", *(f"{quoted(identity)} = {quoted(tenant)}" for identity, tenant in value.items())]
     if knob.kind is Kind.RULES and isinstance(value, Mapping):
-        return [line for glob, rule in value.items() for line in _rule(glob, rule)]
+        return [line for glob, rule in value.items() for line in _rule(knobs, glob, rule)]
     return [f"{knob.name} = {literal(knob.kind, value)}"]
 
 
-def _rule(glob: str, rule: NamespaceRule) -> list[str]:
-    quota = literal(Kind.SIZE, rule.dram_quota_bytes)
-    return [f"[namespaces.{quoted(glob)}]", f"dram_quota_bytes = {quota}", f"policy = {quoted(rule.policy)}"]
+def _rule(knobs: Mapping[str, Knob], glob: str, rule: NamespaceRule) -> list[str]:
+    settings = [f"{name} = {literal(knobs[name].kind, getattr(rule, name))}" for name in RULE_SETTINGS]
+    return [f"[namespaces.{quoted(glob)}]", *settings]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Self
 
-from kvservice.config import document, sources
+from kvservice.config import checks, document, sources
 from kvservice.config.fields import knob, knobs_of, table_knob
-from kvservice.config.values import GIB, KIB, MIB, NamespaceRule, format_size, refusal, shown
+from kvservice.config.values import GIB, KIB, MIB, RULE_SETTINGS, NamespaceRule
 
 SOCKETS = "Sockets and access"
 DRAM = "DRAM tier"
@@ -29,17 +28,7 @@ POLICIES = ("fifo", "lru")
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-MESSAGE_BYTES_PER_HASH = 128
-"""The most that one hash and its outcome take in a request or a response: 64 bytes of hash, or a slot with its
-generation, each in a run of its own."""
-
-SOCKET_DIR_BYTES_MAX = 107 - len("/control.sock")
-"""The kernel's limit for the path of a Unix socket, less the longest name in the directory."""
-
-_IDENTITY = re.compile(r"uid:\d{1,10}|cn:.{1,200}")
-_TENANT_CHARACTERS_MAX = 100
 _UID_MAX = 2**32 - 2
-_TLS_FILES = ("tls_cert_file", "tls_key_file", "tls_client_ca_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +112,8 @@ class Config:
     )
     namespaces: Mapping[str, NamespaceRule] = table_knob(
         DRAM,
-        "Quota and policy for the namespaces whose label matches a glob; the first match in the file's order counts. "
-        "What a rule leaves out comes from dram_quota_bytes and policy.",
+        "Quotas, time to live and policy for the namespaces whose label matches a glob; the first match in the file's "
+        "order counts. What a rule leaves out comes from the knob of the same name.",
     )
 
     nvme_dirs: str = knob(
@@ -144,6 +133,12 @@ class Config:
         NVME,
         "Space on disk moves between namespaces in files of this size, allocated when first needed.",
         at_least=1 * MIB,
+    )
+    nvme_quota_bytes: int = knob(
+        0,
+        NVME,
+        "Bytes on NVMe, all directories together, that one namespace may fill, unless [namespaces] says otherwise for "
+        "its label; 0 is no quota. At its quota a namespace's coldest blocks leave NVMe.",
     )
     nvme_write_behind_s: float = knob(
         2.0,
@@ -178,6 +173,12 @@ class Config:
         EVICTION,
         "Fraction in use at which that eviction stops; below high_watermark. A wide gap: larger, rarer batches.",
         at_most=1,
+    )
+    ttl_s: float = knob(
+        0.0,
+        EVICTION,
+        "Blocks that were not used for so long leave DRAM and NVMe, unless [namespaces] says otherwise for their "
+        "label; 0 keeps them until their space is needed. A restart does not begin it anew.",
     )
     policy: str = knob(
         "lru",
@@ -248,7 +249,7 @@ class Config:
         8 * MIB,
         LIMITS,
         "Largest gRPC message, either way. It must fit hashes_per_call_max hashes at "
-        f"{MESSAGE_BYTES_PER_HASH} bytes each.",
+        f"{checks.MESSAGE_BYTES_PER_HASH} bytes each.",
         at_least=64 * KIB,
         at_most=2 * GIB - 1,
     )
@@ -314,9 +315,7 @@ class Config:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         for name, described in KNOBS.items():
             described.check(getattr(self, name), self.origins.get(name, ""))
-        self._check_access()
-        self._check_memory()
-        self._check_network()
+        checks.check_together({name: getattr(self, name) for name in KNOBS}, KNOBS, self.origins)
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str], *, config_file: str = "") -> Self:
@@ -338,70 +337,15 @@ class Config:
         return self.origins.get(name, sources.DEFAULT)
 
     def rule_for(self, label: str) -> NamespaceRule:
-        """Quota (bytes, 0 none) and policy of a namespace with this label."""
+        """Quotas, time to live and policy of a namespace with this label."""
         for glob, rule in self.namespaces.items():
             if fnmatch.fnmatchcase(label, glob):
                 return rule
-        return NamespaceRule(dram_quota_bytes=self.dram_quota_bytes, policy=self.policy)
+        return NamespaceRule(**{name: getattr(self, name) for name in RULE_SETTINGS})
 
     def to_toml(self) -> str:
         """The effective configuration as a TOML file with comments; loading it gives an equal Config."""
         return document.as_toml(KNOBS, {name: getattr(self, name) for name in KNOBS}, self.origins)
-
-    def _refuse(self, name: str, problem: str) -> Exception:
-        return refusal(name, problem, self.origins.get(name, ""))
-
-    def _check_access(self) -> None:
-        if not self.socket_dir.startswith("/"):
-            raise self._refuse("socket_dir", f"{shown(self.socket_dir)} is not an absolute path")
-        if len(self.socket_dir.encode()) > SOCKET_DIR_BYTES_MAX:
-            raise self._refuse(
-                "socket_dir", f"longer than {SOCKET_DIR_BYTES_MAX} bytes, and a socket's path must fit 107: shorten it"
-            )
-        for identity, tenant in self.tenants.items():
-            if _IDENTITY.fullmatch(identity) is None:
-                raise self._refuse("tenants", f"{shown(identity)} is not an identity; write uid:NUMBER or cn:NAME")
-            if not tenant.isprintable() or not 1 <= len(tenant) <= _TENANT_CHARACTERS_MAX:
-                bound = f"1 to {_TENANT_CHARACTERS_MAX} printable characters"
-                raise self._refuse("tenants", f"{shown(tenant)} is not a tenant name: {bound}")
-
-    def _check_memory(self) -> None:
-        if self.dram_segment_bytes > self.dram_bytes:
-            raise self._refuse(
-                "dram_segment_bytes",
-                f"{format_size(self.dram_segment_bytes)} is more than dram_bytes ({format_size(self.dram_bytes)}): "
-                "not one segment fits; lower it, or raise dram_bytes",
-            )
-        if not self.low_watermark < self.high_watermark:
-            raise self._refuse(
-                "low_watermark",
-                f"{self.low_watermark} is not below high_watermark ({self.high_watermark}); lower it, or raise that",
-            )
-        if self.lease_s > self.lease_s_max:
-            raise self._refuse("lease_s", f"{self.lease_s} is more than lease_s_max ({self.lease_s_max})")
-        needed_bytes = self.hashes_per_call_max * MESSAGE_BYTES_PER_HASH
-        if needed_bytes > self.message_bytes_max:
-            raise self._refuse(
-                "message_bytes_max",
-                f"{format_size(self.message_bytes_max)} does not fit hashes_per_call_max ({self.hashes_per_call_max}) "
-                f"at {MESSAGE_BYTES_PER_HASH} bytes each; write at least {format_size(needed_bytes)}",
-            )
-        for glob, rule in self.namespaces.items():
-            for name in ("dram_quota_bytes", "policy"):
-                described = dataclasses.replace(KNOBS[name], name=f'namespaces."{glob}".{name}')
-                described.check(getattr(rule, name), self.origins.get("namespaces", ""))
-
-    def _check_network(self) -> None:
-        if not self.tcp_address:
-            return
-        host, _, port = self.tcp_address.rpartition(":")
-        if not host or re.fullmatch(r"\d{1,5}", port, re.ASCII) is None or int(port) > 65_535:
-            raise self._refuse("tcp_address", f'{shown(self.tcp_address)} is not "host:port", as in "0.0.0.0:9478"')
-        missing = [name for name in _TLS_FILES if not getattr(self, name)]
-        if missing:
-            raise self._refuse(
-                "tcp_address", f"TCP demands mutual TLS: set {', '.join(missing)} as well, or leave tcp_address empty"
-            )
 
 
 KNOBS = knobs_of(Config)

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvservice.config.fields import Knob, nearest_name
-from kvservice.config.values import Kind, MalformedError, NamespaceRule, format_size, from_text, from_toml, refusal
+from kvservice.config.values import (
+    RULE_SETTINGS,
+    Kind,
+    MalformedError,
+    NamespaceRule,
+    format_size,
+    from_text,
+    from_toml,
+    refusal,
+)
 from kvservice.errors import ConfigError
 
 SEGMENTS_AT_LEAST = 8
@@ -93,7 +102,7 @@ def _read_file(knobs: Mapping[str, Knob], path: str, found: Found) -> dict[str, 
             raise ConfigError(f"{path}: {name} is not a knob{nearest_name(name, knobs)}")
         try:
             if knobs[name].kind is Kind.RULES:
-                rules = _rules(value)
+                rules = _rules(knobs, value)
                 found.put(name, {}, origin)
             else:
                 found.put(name, from_toml(knobs[name].kind, value), origin)
@@ -118,8 +127,8 @@ def _parse_file(path: str) -> dict[str, object]:
         raise ConfigError(f"the configuration file {path} is not TOML: {error}") from error
 
 
-def _rules(value: object) -> dict[str, dict[str, object]]:
-    kinds = {"dram_quota_bytes": Kind.SIZE, "policy": Kind.TEXT}
+def _rules(knobs: Mapping[str, Knob], value: object) -> dict[str, dict[str, object]]:
+    kinds = {name: knobs[name].kind for name in RULE_SETTINGS}
     if not isinstance(value, dict):
         raise MalformedError('expected tables, as in [namespaces."llama*"]')
     rules: dict[str, dict[str, object]] = {}
@@ -144,7 +153,7 @@ def _fill(knobs: Mapping[str, Knob], found: Found, rules: Mapping[str, dict[str,
         return found.values.get(name, knobs[name].default)
 
     if rules:
-        defaults = {name: effective(name) for name in ("dram_quota_bytes", "policy")}
+        defaults = {name: effective(name) for name in RULE_SETTINGS}
         found.values["namespaces"] = {
             glob: NamespaceRule(**{**defaults, **rule})  # type: ignore[arg-type]  # read by kind in `_rules`
             for glob, rule in rules.items()

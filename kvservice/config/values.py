@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from kvservice.errors import ConfigError
@@ -56,12 +56,17 @@ class Kind(Enum):
 class NamespaceRule:
     """What the namespaces whose label matches one glob get instead of the daemon-wide defaults.
 
-    dram_quota_bytes: DRAM that each of them may fill, in bytes; 0 is no quota. policy: its eviction policy.
+    Each setting is called like the knob that it replaces, which says what it means.
     """
 
-    dram_quota_bytes: int
-    policy: str
+    dram_quota_bytes: int = 0
+    nvme_quota_bytes: int = 0
+    ttl_s: float = 0.0
+    policy: str = "lru"
 
+
+RULE_SETTINGS = tuple(setting.name for setting in fields(NamespaceRule))
+"""The knobs that a rule may replace."""
 
 _TYPE_NAMES: Mapping[type, str] = {
     bool: "a boolean",

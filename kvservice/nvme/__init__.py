@@ -2,7 +2,18 @@
 
 from kvservice.nvme.files import Files, RealFiles
 from kvservice.nvme.format import RecordKind, record, records_array
-from kvservice.nvme.results import ReadResult, Recovered
-from kvservice.nvme.volume import Volume
+from kvservice.nvme.results import ReadResult, Recovered, SegmentUse
+from kvservice.nvme.volume import PLACE_BITS, Volume
 
-__all__ = ["Files", "ReadResult", "RealFiles", "RecordKind", "Recovered", "Volume", "record", "records_array"]
+__all__ = [
+    "PLACE_BITS",
+    "Files",
+    "ReadResult",
+    "RealFiles",
+    "RecordKind",
+    "Recovered",
+    "SegmentUse",
+    "Volume",
+    "record",
+    "records_array",
+]

@@ -18,6 +18,16 @@ class ReadResult(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class SegmentUse:
+    """A segment file as its namespace fills it."""
+
+    segment_id: int
+    size_bytes: int
+    stride_bytes: int
+    extents_in_use: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """What a volume remembers, as parallel columns; order means nothing."""
 

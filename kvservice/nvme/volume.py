@@ -31,10 +31,12 @@ from kvservice.nvme.format import (
 )
 from kvservice.nvme.journal import Journal
 from kvservice.nvme.names import read_names, write_names
-from kvservice.nvme.results import ReadResult, Recovered
+from kvservice.nvme.results import ReadResult, Recovered, SegmentUse
 from kvservice.tiers import TierUsage
 
-_PLACE_BITS = 24
+PLACE_BITS = 24
+"""An extent's number is its segment's, shifted by so many bits, and its place there."""
+
 _FREE_SHARE_KEPT = 10  # the last tenth of a file system is never taken
 _JOURNAL_SHARE = 16  # one part in so many of the capacity is for log and checkpoints
 _JOURNAL_BYTES_MIN = 4 * 1024 * 1024
@@ -51,7 +53,7 @@ class _Segment:
     free: list[int] = field(default_factory=list)
 
     def offset(self, extent: int) -> int:
-        return PAGE_BYTES + (extent & (1 << _PLACE_BITS) - 1) * self.header.stride_bytes
+        return PAGE_BYTES + (extent & (1 << PLACE_BITS) - 1) * self.header.stride_bytes
 
 
 class Volume:
@@ -127,7 +129,7 @@ class Volume:
             for segment in self._of(digest):
                 some = segment.free[: count - len(taken)]
                 del segment.free[: len(some)]
-                taken += [segment.header.segment_id << _PLACE_BITS | place for place in some]
+                taken += [segment.header.segment_id << PLACE_BITS | place for place in some]
                 if len(taken) == count:
                     break
             self._live += count
@@ -138,7 +140,7 @@ class Volume:
         """These extents may be used again. Never blocks."""
         with self._mutex:
             for extent in extents:
-                self._segments[extent >> _PLACE_BITS].free.append(extent & (1 << _PLACE_BITS) - 1)
+                self._segments[extent >> PLACE_BITS].free.append(extent & (1 << PLACE_BITS) - 1)
                 self._live -= 1
 
     def usage(self) -> TierUsage:
@@ -149,6 +151,24 @@ class Volume:
                 for segment in self._segments.values()
             )
         return TierUsage(self.capacity_bytes, used, "online")
+
+    @property
+    def data_bytes(self) -> int:
+        """Bound on all segments together."""
+        return self.capacity_bytes - self._journal_bytes
+
+    def segments_of(self, spec: NamespaceSpec) -> list[SegmentUse]:
+        """The segments that the namespace owns. Never blocks."""
+        with self._mutex:
+            return [
+                SegmentUse(
+                    segment_id=segment.header.segment_id,
+                    size_bytes=self._file_bytes(segment),
+                    stride_bytes=segment.header.stride_bytes,
+                    extents_in_use=segment.header.extents - len(segment.free),
+                )
+                for segment in self._of(namespace_digest(spec))
+            ]
 
     @property
     def needs_fold(self) -> bool:
@@ -200,7 +220,7 @@ class Volume:
         Raises:
             OSError: the device failed. Wrong bytes are a result, not an error.
         """
-        segment = self._segments.get(extent >> _PLACE_BITS)
+        segment = self._segments.get(extent >> PLACE_BITS)
         if segment is None:
             return ReadResult.CORRUPT
         self._open(segment)
@@ -317,7 +337,7 @@ class Volume:
 
     def _ready_segment(self, extent: int) -> _Segment:
         """The extent's segment, with its file and header on disk."""
-        segment = self._segments[extent >> _PLACE_BITS]
+        segment = self._segments[extent >> PLACE_BITS]
         self._open(segment)
         if not segment.is_ready:
             with self._mutex:
@@ -368,22 +388,22 @@ class Volume:
         for extent, of, size in zip(
             stored["extent"].tolist(), namespace_index.tolist(), stored["hash_size"].tolist(), strict=True
         ):
-            header = owner.get(extent >> _PLACE_BITS)
+            header = owner.get(extent >> PLACE_BITS)
             keep.append(
                 header is not None
                 and of >= 0
                 and header.digest == digests[of]
-                and extent & (1 << _PLACE_BITS) - 1 < header.extents
+                and extent & (1 << PLACE_BITS) - 1 < header.extents
                 and size == self._specs[digests[of]].hash_size_bytes
             )
         mask = np.array(keep, dtype=bool)
         return stored[mask], namespace_index[mask]
 
     def _mark_live(self, extents: np.ndarray) -> None:
-        for segment_id in np.unique(extents >> _PLACE_BITS).tolist():
+        for segment_id in np.unique(extents >> PLACE_BITS).tolist():
             segment = self._segments[segment_id]
             is_free = np.ones(segment.header.extents, dtype=bool)
-            is_free[extents[extents >> _PLACE_BITS == segment_id] & (1 << _PLACE_BITS) - 1] = False
+            is_free[extents[extents >> PLACE_BITS == segment_id] & (1 << PLACE_BITS) - 1] = False
             segment.free = np.flatnonzero(is_free).tolist()
         self._live = len(extents)
 

@@ -165,7 +165,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         prefetched = await self._store.prefetch(self._instance(context), request.namespace_id, request.hashes)
         return messages.prefetch_response(prefetched)
 
-    def _forget(self, request: pb.ForgetRequest, context: Context) -> pb.ForgetResponse:
+    async def _forget(self, request: pb.ForgetRequest, context: Context) -> pb.ForgetResponse:
         instance = self._instance(context)
         match request.WhichOneof("target"):
             case "session_id":
@@ -174,6 +174,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
                 forgotten = self._store.forget_namespace(instance, request.namespace_id)
             case _:
                 raise errors.InvalidRequest("name a session or the whole namespace", field="target")
+        await self._store.durability.record()
         return pb.ForgetResponse(blocks_dropped=forgotten.dropped, blocks_in_use=forgotten.in_use)
 
     def _stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:

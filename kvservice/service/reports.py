@@ -58,7 +58,7 @@ def _namespace_stats(namespace: Namespace) -> pb.NamespaceStats:
         block_size_bytes=spec.block_size_bytes,
         tokens_per_block=spec.tokens_per_block,
         dram_bytes=namespace.pool.size_bytes,
-        quota_bytes=namespace.quota_bytes,
+        quota_bytes=namespace.rule.dram_quota_bytes,
         blocks=len(namespace.index),
         slots_free=namespace.pool.free_slots,
         sessions=len(namespace.sessions),

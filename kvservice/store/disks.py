@@ -17,7 +17,7 @@ import numpy as np
 from kvservice.blocks import NamespaceSpec, Tier
 from kvservice.errors import CapacityExhausted
 from kvservice.logs import event_log
-from kvservice.nvme import Volume
+from kvservice.nvme import PLACE_BITS, Volume
 from kvservice.tiers import TierUsage
 from kvservice.transfers import TransferQueue
 
@@ -74,6 +74,12 @@ class Disk:
             return
         self._usual_s_per_byte = usual + _SMOOTHING * (rate - usual) if usual else rate
 
+    def come_back(self) -> None:
+        """It works again."""
+        self.state, self.why = DiskState.ONLINE, ""
+        self._usual_s_per_byte = 0.0
+        _log.info("nvme_online", directory=self.volume.directory)
+
     async def came_back(self) -> bool:
         """If it is offline and time, try it; whether it is online again."""
         if self.state is not DiskState.OFFLINE or time.monotonic() < self._probe_at_s:
@@ -84,9 +90,7 @@ class Disk:
         except OSError as error:
             self.why = f"{self.why.split('; probe')[0]}; probe: {error}"
             return False
-        self.state, self.why = DiskState.ONLINE, ""
-        self._usual_s_per_byte = 0.0
-        _log.info("nvme_online", directory=self.volume.directory)
+        self.come_back()
         return True
 
     async def close(self) -> None:
@@ -133,6 +137,12 @@ class Disks:
         """A volume's extents as the index numbers them."""
         extents: np.ndarray = locals_ | (self.disks.index(disk) << _VOLUME_SHIFT)
         return extents
+
+    def segments(self, disk: Disk, extents: np.ndarray) -> np.ndarray:
+        """Which of the disk's segments each extent is in; -1: on another disk."""
+        elsewhere = extents >> _VOLUME_SHIFT != self.disks.index(disk)
+        segments: np.ndarray = np.where(elsewhere, -1, (extents & _LOCAL) >> PLACE_BITS)
+        return segments
 
     def readable(self, extents: np.ndarray) -> np.ndarray:
         """Which of the extents are on a disk that is online, as a mask."""

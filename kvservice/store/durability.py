@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -30,6 +29,7 @@ class Durability:
         registry: Registry,
         *,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._disks = disks
@@ -37,6 +37,7 @@ class Durability:
         self._write_behind = write_behind
         self._registry = registry
         self._clock = clock
+        self._wall_clock = wall_clock
         self._journal_at_s = float("-inf")
         self.recovered_blocks = 0
 
@@ -59,10 +60,8 @@ class Durability:
                 found.append((disk, await loop.run_in_executor(None, disk.volume.recover)))
             except OSError as error:
                 disk.fail(f"recovery failed: {error}")
-        wall_to_clock_s = self._clock() - time.time()
-        restored = await loop.run_in_executor(
-            None, partial(recovery.restore, self._disks, found, wall_to_clock_s=wall_to_clock_s)
-        )
+        restoring = partial(recovery.restore, self._disks, found, now_s=self._clock(), wall_now_s=self._wall_clock())
+        restored = await loop.run_in_executor(None, restoring)
         for one in restored:
             namespace = self._registry.restore_namespace(one.spec)
             self._disks.release(one.orphans)
@@ -76,6 +75,10 @@ class Durability:
             disk.state = DiskState.ONLINE
         self.recovered_blocks = sum(len(one.index) for one in restored)
         self._write_what_waited()
+
+    async def record(self) -> None:
+        """What left the store until now stays away after a restart too, if its disk can be written to."""
+        await self._journal.append_all()
 
     async def close(self) -> None:
         """Wait for transfers under way, then close and unlock the directories."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -22,11 +21,14 @@ PackedRecord = tuple[object, ...]
 class Journal:
     """Pending records of every disk. The event loop owns it."""
 
-    def __init__(self, disks: Disks, *, clock: Callable[[], float]) -> None:
+    def __init__(self, disks: Disks, *, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
         self._disks = disks
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._appending: dict[Disk, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._pending: dict[Disk, list[PackedRecord]] = defaultdict(list)
         self._folding: set[Disk] = set()
+        self._kept: dict[Disk, int] = {}
 
     def stored(self, namespace: Namespace, row: int, parent_hash: bytes, extent: int, checksum: int) -> None:
         """The row's block is in the extent, flushed."""
@@ -72,15 +74,18 @@ class Journal:
         self._add(RecordKind.SESSION, namespace.spec, extent, block_hash=session)
 
     async def append(self, disk: Disk) -> None:
-        """Make the disk's pending records durable. Raises OSError: they are kept for later."""
-        pending = self._pending.pop(disk, [])
-        if not pending:
-            return
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, lambda: disk.volume.append(records_array(pending)))
-        except OSError:
-            self._pending[disk][:0] = pending
-            raise
+        """Make the disk's pending records durable, in their order. Raises OSError: they are kept for later."""
+        async with self._appending[disk]:
+            pending = self._pending.pop(disk, [])
+            if not pending:
+                return
+            try:
+                await asyncio.get_running_loop().run_in_executor(
+                    None, lambda: disk.volume.append(records_array(pending))
+                )
+            except OSError:
+                self._pending[disk][:0] = pending
+                raise
 
     async def append_all(self) -> None:
         """Every disk's pending records, and a checkpoint where a log has grown long."""
@@ -103,10 +108,15 @@ class Journal:
 
     def _add(self, kind: RecordKind, spec: NamespaceSpec, extent: int, **fields: Any) -> None:
         """Queue a record; `fields` as `nvme.record` takes them."""
-        pending = self._pending[self._disks.of(extent)]
+        disk = self._disks.of(extent)
+        pending = self._pending[disk]
         pending.append(record(kind, spec, self._disks.local(extent), **fields))
-        if len(pending) > _PENDING_MAX:
-            del pending[: _PENDING_MAX // 2]  # the disk has been offline for long: what is lost is misses
+        if len(pending) > _PENDING_MAX + self._kept.get(disk, 0):
+            # The disk has been offline for long. What is lost is misses; that a block left is never lost: what was
+            # forgotten would come back. There are no more of these than the disk has extents.
+            older = pending[: -_PENDING_MAX // 2]
+            pending[: -_PENDING_MAX // 2] = [one for one in older if one[0] == RecordKind.DROPPED]
+            self._kept[disk] = len(pending) - _PENDING_MAX // 2
 
     def _wall_s(self, clock_s: float) -> float:
-        return time.time() - (self._clock() - clock_s)
+        return self._wall_clock() - (self._clock() - clock_s)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, DropReason, NamespaceSpec, Rows, Slots
+from kvservice.config import NamespaceRule
 from kvservice.dram import SlotPool, slot_stride_bytes
 from kvservice.history import Departure, History
 from kvservice.index import Index, State
@@ -41,8 +42,8 @@ class Namespace:
 
     spec: NamespaceSpec
     metrics: Metrics
-    quota_bytes: int
-    """Bound on its segments; 0: only the arena's."""
+    rule: NamespaceRule
+    """Its quotas and time to live."""
     policy: EvictionPolicy
     """In which order blocks leave DRAM."""
     nvme_policy: EvictionPolicy
@@ -59,6 +60,8 @@ class Namespace:
     on_extents_left: Callable[[Namespace, list[int]], None] = field(default=lambda namespace, extents: None)
     """Told of the extents of blocks that left."""
     last_used_s: float = 0.0
+    expiry_cursor: int = 0
+    """Where in the index the search for blocks whose time passed goes on."""
     growing_bytes: int = 0
     """Of segments being made for it."""
     growth: set[asyncio.Task[bool]] = field(default_factory=set)
@@ -157,6 +160,15 @@ class Namespace:
         if parent != NO_ROW:
             self._expose(parent)
 
+    def leave_nvme(self, row: int) -> None:
+        """Give up the NVMe copy of a block that is in DRAM too: it leaves the store from there, if it leaves."""
+        parent, extent = int(self.index.parent[row]), int(self.index.extent[row])
+        self.nvme_policy.demoted(row)
+        self.index.detach_extent(row)
+        self.on_extents_left(self, [extent])
+        if parent != NO_ROW:
+            self._expose(parent)
+
     def drop_subtrees(self, rows: Iterable[int], reason: DropReason, now_s: float) -> tuple[int, int]:
         """Take out blocks and everything behind them.
 
@@ -198,12 +210,19 @@ class Namespace:
                     break
         return self.pool.free_slots - before
 
-    def evict_from_nvme(self, extents_wanted: int, now_s: float) -> int:
-        """Drop blocks that are on NVMe only, ends of chains first; how many extents that freed."""
+    def evict_from_nvme(self, extents_wanted: int, reason: DropReason, now_s: float) -> int:
+        """Free extents in the policy's order, ends of chains first; what is in DRAM too lives on there.
+
+        Returns:
+            How many became free.
+        """
         freed = 0
         if extents_wanted > 0:
             for row in self.nvme_policy.victims(self._may_leave_nvme, now_s):
-                self.drop(row, DropReason.CAPACITY, now_s)
+                if self.index.slot[row] == NO_SLOT:
+                    self.drop(row, reason, now_s)
+                else:
+                    self.leave_nvme(row)
                 freed += 1
                 if freed == extents_wanted:
                     break
@@ -291,7 +310,7 @@ class Namespace:
         """It may be the end of its chain now, in DRAM or at all."""
         if self.index.dram_children[row] == 0 and self.index.slot[row] != NO_SLOT:
             self.policy.exposed(row)
-        if self.index.first_child[row] == NO_ROW:
+        if self.index.nvme_children[row] == 0:
             self.nvme_policy.exposed(row)
 
     def _is_held(self, row: int) -> int:
@@ -312,13 +331,13 @@ class Namespace:
 
     def _may_leave_nvme(self, row: int) -> bool:
         index = self.index
-        return bool(
-            index.state[row] == State.RESIDENT
-            and index.extent[row] != NO_EXTENT
-            and index.slot[row] == NO_SLOT
-            and index.first_child[row] == NO_ROW
-            and not self.window.is_exempt(row)
-        )
+        if index.state[row] != State.RESIDENT or index.extent[row] == NO_EXTENT:
+            return False
+        if index.arriving[row] or self.window.is_exempt(row):
+            return False
+        # A block in DRAM can wait there for its end; one on NVMe only takes with it what is behind it.
+        in_dram = index.slot[row] != NO_SLOT
+        return bool(index.nvme_children[row] == 0 if in_dram else index.first_child[row] == NO_ROW)
 
 
 Peer = Instance[Namespace]

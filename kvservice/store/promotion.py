@@ -131,6 +131,7 @@ class Promotion:
             del namespace.arrivals[row]
             if landing is Landing.OK:
                 index.arriving[row] = False
+                namespace.nvme_policy.exposed(row)  # passed over, maybe, while it was read
             elif landing is Landing.CORRUPT:
                 self._metrics.checksum_failures.inc()
                 namespace.drop_subtrees([row], DropReason.CORRUPT, self._clock())

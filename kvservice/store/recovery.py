@@ -33,20 +33,25 @@ class Restored:
     """Extents whose block cannot be reached any more, or stands twice."""
 
 
-def restore(disks: Disks, found: Sequence[tuple[Disk, Recovered]], *, wall_to_clock_s: float) -> list[Restored]:
+def restore(
+    disks: Disks, found: Sequence[tuple[Disk, Recovered]], *, now_s: float, wall_now_s: float
+) -> list[Restored]:
     """Indexes of everything that can be reached from a root. In a thread; about 3 s a million.
 
     Args:
-        wall_to_clock_s: what to add to a wall-clock time to get the store's clock.
+        now_s, wall_now_s: the same moment by the store's clock and by the one that the disks remember. Where the
+            latter was set back, the latest use that they remember stands for now: the order is kept.
     """
+    latest_s = max((float(recovered.last_used_s.max(initial=0.0)) for _, recovered in found), default=0.0)
+    to_clock_s = now_s - max(wall_now_s, latest_s)
     specs: dict[object, NamespaceSpec] = {}
     for _, recovered in found:
         specs.update({spec.key: spec for spec in recovered.namespaces})
-    return [_restore_one(disks, spec, found, wall_to_clock_s) for spec in specs.values()]
+    return [_restore_one(disks, spec, found, to_clock_s) for spec in specs.values()]
 
 
 def _restore_one(
-    disks: Disks, spec: NamespaceSpec, found: Sequence[tuple[Disk, Recovered]], wall_to_clock_s: float
+    disks: Disks, spec: NamespaceSpec, found: Sequence[tuple[Disk, Recovered]], to_clock_s: float
 ) -> Restored:
     hashes: list[BlockHash] = []
     parents: list[bytes] = []
@@ -65,7 +70,7 @@ def _restore_one(
                 disks.extents(disk, recovered.extent[mine]),
                 recovered.checksum[mine],
                 recovered.uses[mine],
-                recovered.last_used_s[mine] + wall_to_clock_s,
+                recovered.last_used_s[mine] + to_clock_s,
                 recovered.depth[mine],
             )
         )

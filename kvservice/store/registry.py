@@ -96,7 +96,7 @@ class Registry:
         namespace = Namespace(
             spec=spec,
             metrics=self._metrics,
-            quota_bytes=rule.dram_quota_bytes,
+            rule=rule,
             policy=make_policy(rule.policy),
             nvme_policy=make_policy(rule.policy),
             on_extents_left=self._on_extents_left,

@@ -104,9 +104,9 @@ class Space:
         """Add a segment if arena, quota and system have room for at least one slot; whether it did."""
         stride_bytes = namespace.stride_bytes
         room_bytes = self.arena.unused_bytes
-        if namespace.quota_bytes:
+        if namespace.rule.dram_quota_bytes:
             owned_bytes = namespace.pool.size_bytes + namespace.growing_bytes
-            room_bytes = min(room_bytes, namespace.quota_bytes - owned_bytes)
+            room_bytes = min(room_bytes, namespace.rule.dram_quota_bytes - owned_bytes)
         slots = min(namespace.pool.slots_per_segment, room_bytes // stride_bytes)
         if slots < 1 or self._clock() < self._refused_until_s:
             return False
@@ -178,14 +178,14 @@ class Space:
         return self.arena.capacity_bytes // sharing
 
     def _is_at_quota(self, namespace: Namespace) -> bool:
-        quota_bytes = namespace.quota_bytes
+        quota_bytes = namespace.rule.dram_quota_bytes
         return quota_bytes > 0 and namespace.pool.size_bytes + namespace.stride_bytes > quota_bytes
 
     def _refusal(self, namespace: Namespace, wanted: int, available: int) -> CapacityExhausted:
         if self._is_at_quota(namespace):
             return QuotaExceeded(
                 f"{wanted} blocks wanted, {available} could leave: the rest of the namespace's quota of "
-                f"{namespace.quota_bytes} bytes is in use (leased, being written or quarantined)"
+                f"{namespace.rule.dram_quota_bytes} bytes is in use (leased, being written or quarantined)"
             )
         return CapacityExhausted(
             f"{wanted} blocks wanted, {available} could leave: the rest of the arena is in use "

@@ -21,8 +21,10 @@ from kvservice.leases import HoldKind, Leases
 from kvservice.metrics import Metrics
 from kvservice.store import invariants
 from kvservice.store.checksummer import Checksummer
+from kvservice.store.disk_space import DiskSpace
 from kvservice.store.disks import Disks
 from kvservice.store.durability import Durability
+from kvservice.store.expiry import expire_slice
 from kvservice.store.holds import Holds
 from kvservice.store.journal import Journal
 from kvservice.store.namespace import Namespace, Peer
@@ -48,7 +50,18 @@ from kvservice.tiers import TierUsage
 class Store:
     """All namespaces, instances, leases and memory of one daemon."""
 
-    def __init__(self, config: Config, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Args:
+        clock: seconds, for everything that lasts; never goes back.
+        wall_clock: seconds since 1970, for what must be understood after a restart.
+        """
         self.config = config
         self.metrics = metrics
         self.clock = clock
@@ -64,8 +77,13 @@ class Store:
             },
         )
         self.disks = Disks([])
-        self.journal = Journal(self.disks, clock=clock)
-        self.write_behind = WriteBehind(config, self.disks, self.journal, metrics, clock=clock)
+        self.journal = Journal(self.disks, clock=clock, wall_clock=wall_clock)
+        self.disk_space = DiskSpace(
+            self.disks,
+            clock=clock,
+            namespaces=lambda: self.namespaces.values(),  # noqa: PLW0108  # assigned below
+        )
+        self.write_behind = WriteBehind(config, self.disks, self.disk_space, self.journal, metrics)
         self.arena = Arena(
             capacity_bytes=config.dram_bytes, huge_pages=config.dram_huge_pages, numa_node=config.dram_numa_node
         )
@@ -97,7 +115,9 @@ class Store:
             duration_s=config.lease_s,
             duration_s_max=config.lease_s_max,
         )
-        self.durability = Durability(config, self.disks, self.journal, self.write_behind, self._registry, clock=clock)
+        self.durability = Durability(
+            config, self.disks, self.journal, self.write_behind, self._registry, clock=clock, wall_clock=wall_clock
+        )
         promotion = Promotion(self.disks, metrics, clock=clock)
         self._reading = Reading(config, self._holds, self._space, self.disks, promotion, self.journal, clock=clock)
         self._writing = Writing(
@@ -303,6 +323,8 @@ class Store:
         self._holds.expire(self.leases.expire(self.clock()))
         attached = {id(namespace) for instance in self.instances for namespace in instance.namespaces}
         for namespace in list(self.namespaces.values()):
+            expire_slice(namespace, self.clock())
+            self.disk_space.keep_up(namespace)
             await self._space.keep_up(namespace, may_grow=id(namespace) in attached and not self.is_draining)
         await self.durability.keep_up()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ from kvservice.errors import CapacityExhausted, Overloaded
 from kvservice.index import State
 from kvservice.logs import event_log
 from kvservice.metrics import Metrics
+from kvservice.store.disk_space import DiskSpace
 from kvservice.store.disks import Disk, Disks
 from kvservice.store.journal import Journal
 from kvservice.store.namespace import Namespace
@@ -52,14 +53,12 @@ class _Block:
 class WriteBehind:
     """The queue of dirty blocks and the task that works it off."""
 
-    def __init__(
-        self, config: Config, disks: Disks, journal: Journal, metrics: Metrics, *, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, config: Config, disks: Disks, disk_space: DiskSpace, journal: Journal, metrics: Metrics) -> None:
         self._config = config
         self._disks = disks
+        self._disk_space = disk_space
         self._journal = journal
         self._metrics = metrics
-        self._clock = clock
         self._queue: deque[tuple[float, Namespace, Rows]] = deque()
         self._wake = asyncio.Event()
         self._is_hurried = False
@@ -167,9 +166,15 @@ class WriteBehind:
         slots: Slots = index.slot[rows]
         namespace.pool.hold(slots)
         extents: list[int] = []
+        taken = 0
         try:
-            disk, extents = self._reserve(namespace, len(rows))
-            blocks = self._blocks(namespace, rows, slots, extents)
+            disk, extents = await self._disk_space.reserve(namespace, len(rows))
+            still_there = np.flatnonzero(namespace.pool.row_of[slots] == rows)
+            # Fronts of chains first: what does not fit is behind what does.
+            chosen = still_there[: len(extents)]
+            self._disks.release(extents[len(chosen) :])
+            extents, taken = extents[: len(chosen)], len(chosen)
+            blocks = self._blocks(namespace, rows[chosen], slots[chosen], extents)
             started_s = time.monotonic()
             checksums = await self._write_payloads(disk, namespace, blocks)
             self._metrics.nvme_written_seconds.inc(time.monotonic() - started_s)
@@ -177,23 +182,16 @@ class WriteBehind:
             extents = []
             await self._journal.append(disk)
         except (CapacityExhausted, Overloaded, OSError) as error:
-            # Given up: the blocks live on in DRAM only, and may leave from there.
             self._disks.release(extents)
-            self._metrics.nvme_given_up_blocks.inc(len(rows))
+            taken = 0
             if isinstance(error, OSError):
                 _log.warning("write_behind_failed", why=str(error), blocks=len(rows))
         finally:
+            # Given up: these blocks live on in DRAM only, and may leave from there.
+            self._metrics.nvme_given_up_blocks.inc(len(rows) - taken)
             owned = namespace.pool.row_of[slots] == rows
             index.dirty[rows[owned]] = False
             namespace.end_hold(slots)
-
-    def _reserve(self, namespace: Namespace, count: int) -> tuple[Disk, list[int]]:
-        try:
-            return self._disks.reserve(namespace.spec, count)
-        except CapacityExhausted:
-            if not self._disks.can_write or namespace.evict_from_nvme(count, self._clock()) == 0:
-                raise
-            return self._disks.reserve(namespace.spec, count)
 
     def _blocks(self, namespace: Namespace, rows: Rows, slots: Slots, extents: Sequence[int]) -> list[_Block]:
         index = namespace.index
@@ -251,15 +249,18 @@ class WriteBehind:
     def _file(self, namespace: Namespace, blocks: Sequence[_Block], checksums: Sequence[int]) -> None:
         """The payloads are durable: the index knows, the journal will."""
         index = namespace.index
+        filed = []
         for block, checksum in zip(blocks, checksums, strict=True):
             if namespace.pool.row_of[block.slot] != block.row:
                 self._disks.release([block.extent])  # dropped while it was written
                 continue
-            assert index.extent[block.row] == NO_EXTENT, "a dirty block is on NVMe already"
-            index.extent[block.row] = block.extent
+            index.attach_extent(block.row, block.extent)
             index.checksum[block.row] = checksum
             index.checksummed[block.row] = True
+            filed.append(block.row)
             self._journal.stored(namespace, block.row, block.parent_hash, block.extent, checksum)
             for session in namespace.sessions.of_tip(block.row):
                 self._journal.session(namespace, block.extent, session)
+        # Their turn may have come, and passed, while they were in DRAM only.
+        namespace.nvme_policy.released(np.array(filed, dtype=np.int32))
         self._metrics.nvme_written_bytes.inc(len(blocks) * namespace.spec.block_size_bytes)

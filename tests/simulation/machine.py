@@ -203,7 +203,8 @@ class Stored(RuleBasedStateMachine):
             self.store.check()
             assert self.store.arena.used_bytes <= self.store.config.dram_bytes
             for namespace in self.store.namespaces.values():
-                assert not namespace.quota_bytes or namespace.pool.size_bytes <= namespace.quota_bytes
+                quota_bytes = namespace.rule.dram_quota_bytes
+                assert not quota_bytes or namespace.pool.size_bytes <= quota_bytes
             copies = {copy.hold_id for copy in [*self.readers, *self.writers, *self.frozen]}
             assert {hold.hold_id for hold in self.store.leases} == copies
 

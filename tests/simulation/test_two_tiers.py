@@ -8,117 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from kvservice.blocks import DropReason
 from kvservice.errors import CapacityExhausted
-from kvservice.instances import Identity
-from kvservice.metrics import Metrics
-from kvservice.store import Store, explain
-from kvservice.store.arrivals import Landing
+from kvservice.store import explain
 from kvservice.store.disks import DiskState
-from kvservice.store.outcomes import Granted, Held, Miss
-from tests.stores import Clock, Engine, chain, content_of, small_config, spec_of
+from kvservice.store.outcomes import Held, Miss
+from tests.nodes import Node, disk_bytes, running
+from tests.stores import chain, content_of, spec_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
 STEPS = 120
 OPERATIONS = ["save"] * 4 + ["load"] * 5 + ["prefetch", "flush", "forget", "crash", "stop", "damage", "offline"]
-
-
-class Node:
-    """One daemon's store on a directory, with its background work; `crash` and `stop` end it, `start` begins anew."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.clock = Clock()
-        self.store: Store
-        self.engine: Engine
-        self._work: list[asyncio.Task[None]] = []
-
-    async def start(self, *, recover: bool = True) -> None:
-        config = small_config(
-            nvme_dirs=str(self._directory), nvme_bytes=32 * MIB, nvme_segment_bytes=MIB, nvme_write_behind_s=0.02
-        )
-        self.store = Store(config, Metrics(version="0"), clock=self.clock)
-        await self.store.durability.open()
-        if recover:
-            await self.store.durability.recover()
-        self._work = [
-            asyncio.create_task(self.store.write_behind.run()),
-            asyncio.create_task(self.store.checksummer.run()),
-        ]
-        peer = self.store.connect(Identity("uid:1", process_id=1))
-        self.engine = Engine(self.store, peer)
-        await self.store.attach(peer, "engine", [spec_of()])
-
-    async def flush(self) -> None:
-        """Everything committed is durable."""
-        for task in self._work:
-            assert not task.done(), task.exception()
-        assert await self.store.write_behind.flush(asyncio.get_running_loop().time() + 10)
-        await self.quiet()
-        await self.store.journal.append_all()
-
-    async def quiet(self) -> None:
-        """No byte moves any more."""
-        while self.store.write_behind.is_busy or self.engine.namespace.arrivals:  # noqa: ASYNC110  # two kinds of work
-            await asyncio.sleep(0.001)
-
-    async def stop(self) -> None:
-        await self.flush()
-        await self.crash()
-
-    async def crash(self) -> None:
-        """End it now: what is not durable is lost."""
-        for task in self._work:
-            task.cancel()
-        await asyncio.gather(*self._work, return_exceptions=True)
-        await self.quiet()
-        await self.store.durability.close()
-        self.store.close()
-
-    async def get(self, hashes: list[bytes], **arguments: int) -> Granted:
-        return await self.store.get(
-            self.engine.peer,
-            1,
-            b"".join(hashes),
-            session_id="",
-            request_id="",
-            duration_s=0.0,
-            max_blocks=arguments.get("max_blocks", 0),
-        )
-
-    async def load(self, hashes: list[bytes]) -> int:
-        """Load and compare every byte; how many leading blocks came."""
-        granted = await self.get(hashes)
-        came = len(granted.slots)
-        for position, arrival in granted.pending.items():
-            if (await arrival.landed)[granted.rows[position]] is not Landing.OK:
-                came = min(came, position)
-        for block_hash, content in zip(hashes, self.engine.read(granted.slots[:came]), strict=False):
-            assert content == content_of(block_hash), "a block came with bytes that are not its own"
-        if granted.hold_id:
-            self.store.release(self.engine.peer, [granted.hold_id])
-        return came
-
-
-@asynccontextmanager
-async def running(directory: Path) -> AsyncIterator[Node]:
-    node = Node(directory)
-    await node.start()
-    yield node
-    await node.stop()
-
-
-def disk_bytes(directory: Path) -> int:
-    """What the directory takes on disk."""
-    return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file())
 
 
 def damage(directory: Path, chance: random.Random) -> None:
