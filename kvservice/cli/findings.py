@@ -85,12 +85,12 @@ _DROPS: Mapping[int, tuple[str, str]] = {
         "If it was needed soon after it was last used, the tier is too small for the working set: raise dram_bytes.",
     ),
     pb.DROP_REASON_RECLAIMED: (
-        "evicted because its memory went to another namespace",
-        "Raise dram_bytes, or give the namespace that grew a quota in [namespaces]; kvservice stats shows which it is.",
+        "evicted because its memory or disk space went to another namespace",
+        "Raise dram_bytes or nvme_bytes, or give the namespace that grew a quota in [namespaces]; kvservice stats shows which it is.",
     ),
     pb.DROP_REASON_QUOTA: (
         "evicted to keep its namespace within its quota",
-        "Raise dram_quota_bytes for this namespace's label in [namespaces], if there is memory for it.",
+        "Raise dram_quota_bytes or nvme_quota_bytes for this namespace's label in [namespaces], if there is room for it.",
     ),
     pb.DROP_REASON_FORGOTTEN: (
         "dropped because somebody asked to forget its session or its namespace",
@@ -98,7 +98,7 @@ _DROPS: Mapping[int, tuple[str, str]] = {
     ),
     pb.DROP_REASON_EXPIRED: (
         "dropped because its time to live passed",
-        "Nothing, if that was meant; saving it again brings it back.",
+        "Nothing, if that was meant; saving it again brings it back. Otherwise raise ttl_s for its label.",
     ),
     pb.DROP_REASON_CORRUPT: (
         "dropped because its bytes no longer matched their checksum",

@@ -48,8 +48,8 @@ def as_markdown(knobs: Mapping[str, Knob]) -> str:
         lines += ["", f"### `{knob.name}`", "", f"*{knob.facts()}*", ""]
         lines += textwrap.wrap(knob.about, width=120)
         if knob.kind is Kind.RULES:
-            example = NamespaceRule(dram_quota_bytes=2 << 30, nvme_quota_bytes=1 << 40, ttl_s=86_400.0)
-            lines += ["", "```toml", *_rule(knobs, "llama-3-8b*", example), "```"]
+            rule = NamespaceRule(dram_quota_bytes=2 << 30, nvme_quota_bytes=1 << 40, ttl_s=86_400.0)
+            lines += ["", "```toml", *_rule(knobs, "llama-3-8b*", rule), "```"]
         elif knob.kind is Kind.PAIRS:
             example = "KVSERVICE_TENANTS=uid:1000=team-a,cn:ops=operations"
             lines += ["", "```toml", "[tenants]", '"uid:1000" = "team-a"', '"cn:ops" = "operations"', "```", ""]

@@ -1,8 +1,8 @@
 """store: the one owner of state. See DESIGN.md beside this file.
 
 `store` has the calls, `namespace` keeps one namespace's books in step, `registry` says which
-namespaces exist, `space` makes room, `checksummer` works behind the calls, `explain` answers why,
-`outcomes` are the answers.
+namespaces exist, `space` and `disk_space` make room, `expiry` drops what is due, `checksummer` and `write_behind`
+work behind the calls, `explain` answers why, `outcomes` are the answers.
 """
 
 from kvservice.store.explain import explain

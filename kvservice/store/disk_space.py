@@ -115,7 +115,7 @@ class DiskSpace:
                     yield donor, segment
 
     def _coldest_first(self, namespace: Namespace, disk: Disk, segments: Iterable[SegmentUse]) -> list[SegmentUse]:
-        """Segments without a block that is being written or read, by mean time of last use; the deepest first
+        """Segments that nobody writes, reads or waits for, by mean time of last use; the deepest first
         among equals: a segment of roots would take whole chains with it.
         """
         index = namespace.index
@@ -124,7 +124,9 @@ class DiskSpace:
         temperatures = []
         for segment in segments:
             inside = rows[owners == segment.segment_id]
-            if len(inside) == segment.extents_in_use and not index.arriving[inside].any():
+            if namespace.window.exempt(inside).any() or index.arriving[inside].any():
+                continue
+            if len(inside) == segment.extents_in_use:
                 coldness = (
                     (float(np.mean(index.last_used_s[inside])), -float(np.mean(index.depth[inside])))
                     if len(inside)

@@ -45,4 +45,5 @@ def _is_due(namespace: Namespace, row: int, cutoff_s: float) -> bool:
         and index.first_child[row] == NO_ROW
         and index.last_used_s[row] < cutoff_s
         and (slot == NO_SLOT or namespace.pool.holders[slot] == 0)
+        and not namespace.window.is_exempt(row)
     )

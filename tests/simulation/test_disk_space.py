@@ -24,7 +24,6 @@ SEGMENT_BYTES = 4096 + SEGMENT_EXTENTS * EXTENT_BYTES
 JOURNAL_BYTES = 4 * MIB
 
 
-
 def on_nvme(namespace: Namespace) -> int:
     return int((namespace.index.extent != NO_EXTENT).sum())
 
@@ -120,7 +119,11 @@ def test_a_full_disk_is_shared_and_nobody_who_has_less_gives(tmp_path: Path) -> 
 def test_blocks_in_dram_outlive_the_segment_that_is_taken_from_them(tmp_path: Path) -> None:
     async def scenario() -> None:
         specs = [spec_of("first"), spec_of("second")]
-        knobs: dict[str, Any] = {"nvme_bytes": JOURNAL_BYTES + 2 * SEGMENT_BYTES, "dram_bytes": 3 * MIB, "dram_segment_bytes": MIB}
+        knobs: dict[str, Any] = {
+            "nvme_bytes": JOURNAL_BYTES + 2 * SEGMENT_BYTES,
+            "dram_bytes": 3 * MIB,
+            "dram_segment_bytes": MIB,
+        }
         async with running(tmp_path, specs=specs, **knobs) as node:
             await fill(node, "first", 2 * SEGMENT_EXTENTS // 8)
             first = node.engine_of("first").namespace

@@ -53,7 +53,7 @@ FINDINGS: list[tuple[pb.Explanation, str, str]] = [
         "explain that one",
     ),
     (dropped(pb.DROP_REASON_CAPACITY), "evicted to make room for another block of its namespace", "raise dram_bytes"),
-    (dropped(pb.DROP_REASON_RECLAIMED), "its memory went to another namespace", "quota in [namespaces]"),
+    (dropped(pb.DROP_REASON_RECLAIMED), "went to another namespace", "quota in [namespaces]"),
     (dropped(pb.DROP_REASON_QUOTA), "to keep its namespace within its quota", "Raise dram_quota_bytes"),
     (dropped(pb.DROP_REASON_FORGOTTEN), "asked to forget", "who calls forget"),
     (dropped(pb.DROP_REASON_EXPIRED), "time to live passed", "saving it again"),

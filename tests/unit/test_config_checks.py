@@ -128,7 +128,10 @@ def test_the_printed_configuration_loads_as_the_same(
         allowed_uids=uids,
         http_host=http_host,
         tenants=tenants,
-        namespaces={glob: NamespaceRule(dram_quota_bytes=quota, policy="lru") for glob, quota in globs.items()},
+        namespaces={
+            glob: NamespaceRule(dram_quota_bytes=quota, nvme_quota_bytes=quota // 3, ttl_s=lease_s, policy="lru")
+            for glob, quota in globs.items()
+        },
         dram_huge_pages=huge,
     )
     path = tmp_path_factory.getbasetemp() / "printed.toml"

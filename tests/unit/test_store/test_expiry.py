@@ -8,7 +8,7 @@ import pytest
 
 from kvservice.blocks import DropReason
 from kvservice.config import NamespaceRule
-from kvservice.store import explain, expiry
+from kvservice.store import expiry, explain
 from kvservice.store.outcomes import Dropped
 from tests.stores import PAGE_BYTES, Workplace, chain, small_config, spec_of
 
