@@ -86,11 +86,12 @@ _DROPS: Mapping[int, tuple[str, str]] = {
     ),
     pb.DROP_REASON_RECLAIMED: (
         "evicted because its memory or disk space went to another namespace",
-        "Raise dram_bytes or nvme_bytes, or give the namespace that grew a quota in [namespaces]; kvservice stats shows which it is.",
+        "Raise dram_bytes or nvme_bytes, or give the namespace that grew a quota in [namespaces]; kvservice stats shows "
+        "which it is.",
     ),
     pb.DROP_REASON_QUOTA: (
         "evicted to keep its namespace within its quota",
-        "Raise dram_quota_bytes or nvme_quota_bytes for this namespace's label in [namespaces], if there is room for it.",
+        "Raise dram_quota_bytes or nvme_quota_bytes for its label in [namespaces], if there is room for it.",
     ),
     pb.DROP_REASON_FORGOTTEN: (
         "dropped because somebody asked to forget its session or its namespace",
