@@ -86,7 +86,7 @@ _DROPS: Mapping[int, tuple[str, str]] = {
     ),
     pb.DROP_REASON_RECLAIMED: (
         "evicted because its memory or disk space went to another namespace",
-        "Raise dram_bytes or nvme_bytes, or give the other namespace a quota in [namespaces]; kvservice stats names it.",
+        "Raise dram_bytes or nvme_bytes, or give the other one a quota in [namespaces]; kvservice stats names it.",
     ),
     pb.DROP_REASON_QUOTA: (
         "evicted to keep its namespace within its quota",
