@@ -93,6 +93,27 @@ class Daemon:
             return "; ".join(f"background task {name} died: {why}" for name, why in self.tasks.dead.items())
         return "draining" if self.store.is_draining else "serving"
 
+    def snapshot(self) -> Snapshot:
+        """The state as scraped. Called in HTTP threads: counts and lengths only."""
+        store = self.store
+        namespaces = list(store.namespaces.values())
+        return Snapshot(
+            tiers=[
+                TierGauge(tier, usage.capacity_bytes, usage.used_bytes, usage.state == "online")
+                for tier, usage in store.tiers()
+            ],
+            blocks=sum(len(namespace.index) for namespace in namespaces),
+            sessions=sum(len(namespace.sessions) for namespace in namespaces),
+            instances=store.instances.attached,
+            namespaces=len(namespaces),
+            leases=store.leases.count(HoldKind.READ),
+            reservations=store.leases.count(HoldKind.WRITE),
+            quarantined_slots=store.leases.quarantined_slots(),
+            unchecksummed_blocks=store.checksummer.queued_blocks,
+            draining=store.is_draining,
+            event_loop_lag_s=time.monotonic() - self._beat_s,
+        )
+
     async def drain(self) -> None:
         """Take no new work; wait until holds have ended, at most `drain_s`."""
         _log.info("draining", deadline_s=self.config.drain_s)
@@ -138,7 +159,7 @@ class Daemon:
             self.tcp_port = listen_tls(tcp_server, config)
             await tcp_server.start()
             stack.push_async_callback(tcp_server.stop, 0.5)
-        self.metrics.watch(self._snapshot)
+        self.metrics.watch(self.snapshot)
         if config.http_port >= 0:
             http = HttpServer(
                 host=config.http_host,
@@ -201,27 +222,6 @@ class Daemon:
         if self.store.is_draining:
             return Verdict(ok=False, reasons=(*live.reasons, "draining"))
         return live
-
-    def _snapshot(self) -> Snapshot:
-        """Called in HTTP threads: counts and lengths only."""
-        store = self.store
-        namespaces = list(store.namespaces.values())
-        return Snapshot(
-            tiers=[
-                TierGauge(tier, usage.capacity_bytes, usage.used_bytes, usage.state == "online")
-                for tier, usage in store.tiers()
-            ],
-            blocks=sum(len(namespace.index) for namespace in namespaces),
-            sessions=sum(len(namespace.sessions) for namespace in namespaces),
-            instances=store.instances.attached,
-            namespaces=len(namespaces),
-            leases=store.leases.count(HoldKind.READ),
-            reservations=store.leases.count(HoldKind.WRITE),
-            quarantined_slots=store.leases.quarantined_slots(),
-            unchecksummed_blocks=store.checksummer.queued_blocks,
-            draining=store.is_draining,
-            event_loop_lag_s=time.monotonic() - self._beat_s,
-        )
 
 
 def _raise_descriptor_limit() -> None:

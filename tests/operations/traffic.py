@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from itertools import count
 from typing import Any
 
 import kvservice_client as kv
@@ -13,12 +15,12 @@ BLOCKS = 12
 KNOBS: dict[str, Any] = {
     "dram_bytes": 4 * MIB,
     "dram_segment_bytes": 1 * MIB,
-    "nvme_bytes": 64 * MIB,
+    "nvme_bytes": 24 * MIB,
     "nvme_segment_bytes": 4 * MIB,
     "nvme_write_behind_s": 0.05,
     "gpu_hour_price": 2.5,
 }
-"""DRAM for five conversations, NVMe for more than there are."""
+"""DRAM for five conversations, NVMe for some twenty."""
 
 MODEL = namespace("model", block_size_bytes=BLOCK_BYTES, label="llama-3-8b bf16 tp0")
 
@@ -58,3 +60,16 @@ def conversations(engine: Engine, *, count: int, name: str = "chat") -> None:
     for number in range(count):
         engine.resume(f"{name} {number}")
     engine.resume(f"{name} unknown")
+
+
+def endless(engine: Engine, stop: threading.Event) -> None:
+    """New conversations all the time; older ones resume, from DRAM, from NVMe, after a prefetch, or not at all."""
+    for number in count():
+        engine.save(f"turn {number}")
+        engine.resume(f"turn {number}")
+        engine.resume(f"turn {number - 8}")
+        engine.prefetch(f"turn {number - 10}")
+        engine.resume(f"turn {number - 10}")
+        engine.resume(f"unknown {number}")
+        if stop.wait(0.05):
+            return
