@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from prometheus_client import generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvservice.blocks import DropReason, Tier
@@ -14,8 +14,6 @@ from kvservice.metrics import MISS_REASONS, PUT_OUTCOMES, Metrics, Snapshot, Tie
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 pytestmark = pytest.mark.unit
-
-RPC_COST_SECONDS_MAX = 3e-6
 
 
 @pytest.fixture
@@ -132,16 +130,19 @@ def test_the_lists_written_down_here_are_the_contracts() -> None:
     assert tuple(field.name for field in outcomes) == PUT_OUTCOMES
 
 
-def test_counting_a_call_costs_less_than_three_microseconds(metrics: Metrics) -> None:
-    calls, count = metrics.rpc("Lookup"), 5_000
+def test_counting_a_call_looks_up_no_label(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lookup takes a lock and makes a tuple: what every call counts is bound once."""
+    calls = metrics.rpc("Lookup")
+    calls.observe(3e-4, "ABORTED")
 
-    def seconds_per_call() -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            calls.observe(3e-4, "OK")
-            metrics.lookup_held_blocks.inc(17)
-            metrics.lookup_miss_blocks.inc(3)
-        return (time.perf_counter() - start) / count
+    def labels(*_: object, **__: object) -> None:
+        raise AssertionError("a label was looked up on the hot path")
 
-    # The best of several: other work on the machine only ever adds time.
-    assert min(seconds_per_call() for _ in range(7)) < RPC_COST_SECONDS_MAX
+    monkeypatch.setattr(MetricWrapperBase, "labels", labels)
+    calls.observe(3e-4, "OK")
+    calls.observe(3e-4, "ABORTED")
+    metrics.lookup_held_blocks.inc(17)
+    metrics.miss_blocks["not_held"].inc(3)
+    metrics.operations.get[Tier.DRAM].observe(1e-3)
+    metrics.savings.count(16)
+    metrics.evictions.evicted(DropReason.CAPACITY, age_s=1, idle_s=1)
