@@ -26,11 +26,19 @@ class Row:
     new_tokens: int
     reused_tokens: int
     computed_tokens: int
+    dram_blocks: int
+    nvme_blocks: int
     ttft_recomputed_ms: float
     ttft_resumed_ms: float
     tokens_identical: bool
     logits_difference_max: float
     problems: tuple[str, ...]
+
+    @property
+    def origin(self) -> str:
+        """The tier that the reused blocks came from."""
+        tiers = [name for name, blocks in (("DRAM", self.dram_blocks), ("NVMe", self.nvme_blocks)) if blocks]
+        return "+".join(tiers) or "-"
 
     @property
     def speed_up(self) -> float:
@@ -53,6 +61,7 @@ class Summary:
     """The whole run in numbers. Turns without history are left out: there is nothing to resume."""
 
     resumed_turns: int
+    nvme_turns: int
     median_speed_up: float
     median_ttft_recomputed_ms: float
     median_ttft_resumed_ms: float
@@ -76,13 +85,15 @@ def compare(
     engine: str,
     history_tokens: int,
     history_reproduced: bool,
+    from_nvme: bool,
     tokens_per_block: int,
     dtype: str,
 ) -> Row:
     """Lay a resumed turn beside its recomputed twin; `conversation` and `turn` count from 0.
 
     `history_reproduced` says whether this conversation's earlier answers were the recomputed ones: otherwise
-    the service holds the blocks of other answers than those in the history.
+    the service holds the blocks of other answers than those in the history. `from_nvme`: the daemon was restarted
+    since the conversation's last turn, so that nothing of it can be in DRAM.
     """
     new_tokens = resumed.prompt_tokens - history_tokens
     identical = reference.tokens == resumed.tokens
@@ -95,6 +106,10 @@ def compare(
     if history_reproduced and resumed.computed_tokens > new_tokens + tokens_per_block:
         problems.append(
             f"computed {resumed.computed_tokens} tokens; {new_tokens} are new, {tokens_per_block} make a block"
+        )
+    if from_nvme and (resumed.dram_blocks or not resumed.nvme_blocks):
+        problems.append(
+            f"after the daemon's restart {resumed.nvme_blocks} blocks came from NVMe, {resumed.dram_blocks} from DRAM"
         )
     if dtype == "float32" and not identical:
         problems.append("the tokens differ from the recomputed ones")
@@ -110,6 +125,8 @@ def compare(
         new_tokens=new_tokens,
         reused_tokens=resumed.reused_tokens,
         computed_tokens=resumed.computed_tokens,
+        dram_blocks=resumed.dram_blocks,
+        nvme_blocks=resumed.nvme_blocks,
         ttft_recomputed_ms=reference.ttft_s * 1000,
         ttft_resumed_ms=resumed.ttft_s * 1000,
         tokens_identical=identical,
@@ -145,6 +162,7 @@ def summarise(rows: Sequence[Row]) -> Summary:
     resumed = [row for row in rows if row.history_tokens]
     return Summary(
         resumed_turns=len(resumed),
+        nvme_turns=sum(row.nvme_blocks > 0 for row in rows),
         median_speed_up=statistics.median(row.speed_up for row in resumed),
         median_ttft_recomputed_ms=statistics.median(row.ttft_recomputed_ms for row in resumed),
         median_ttft_resumed_ms=statistics.median(row.ttft_resumed_ms for row in resumed),

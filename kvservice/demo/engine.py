@@ -46,13 +46,15 @@ TOKENS_PER_BLOCK = 16
 
 
 class FaultyClient:
-    """A client in front of the real one that can harm what passes: the demo's control, and its sabotage."""
+    """A client in front of the real one: it notes where blocks were, and can harm what passes (control, sabotage)."""
 
     def __init__(self, client: KVClient, served: ServedModel, sabotage: str) -> None:
         self._client = client
         self._served = served
         self._sabotage = sabotage
         self.control_armed = False
+        self._dram_blocks = 0  # of the latest lookup
+        self._origins: dict[str, tuple[int, int]] = {}
 
     @property
     def attached(self) -> bool:
@@ -62,6 +64,7 @@ class FaultyClient:
     def lookup(self, hashes: Sequence[bytes]) -> kvservice_client.LookupResult:
         """As the service says, or nothing where blocks are to be lost."""
         hits = self._client.lookup(hashes)
+        self._dram_blocks = hits.dram_blocks
         if self._sabotage == "lose-blocks":
             return dataclasses.replace(hits, blocks=0, dram_blocks=0, reason=kvservice_client.Reason.NOT_HELD)
         return hits
@@ -79,6 +82,8 @@ class FaultyClient:
         done = self._client.load(
             hashes, destination, session_id=session_id, request_id=request_id, deadline_s=deadline_s
         )
+        in_dram = min(done.blocks, self._dram_blocks)
+        self._origins[request_id] = (in_dram, done.blocks - in_dram)
         if self.control_armed or self._sabotage == "corrupt-blocks":
             layout = self._served.layout
             layout.as_blocks(destination[: done.blocks * layout.block_size_bytes]).neg_()
@@ -98,6 +103,10 @@ class FaultyClient:
         return self._client.save(
             hashes, source, parent=parent, session_id=session_id, request_id=request_id, deadline_s=deadline_s
         )
+
+    def origin(self, request_id: str) -> tuple[int, int]:
+        """How many of the blocks that a request loaded were in DRAM, and how many on NVMe, when it asked; once."""
+        return self._origins.pop(request_id, (0, 0))
 
     def close(self) -> None:
         """Detach the real client."""
@@ -189,7 +198,8 @@ class Engine:
         for first in report.first_tokens:
             self.emit(FirstToken(first.request_id, first.ttft_s))
         for result in report.finished:
-            self.emit(_finished(result))
+            origin = self._client.origin(result.request_id) if self._client else (0, 0)
+            self.emit(_finished(result, *origin))
 
     def _carry_out(self, command: Command) -> None:
         if isinstance(command, MakeUserTurns):
@@ -214,13 +224,15 @@ class Engine:
         return UserTurns(tokens=turns, from_tokenizer=tokenize is not None)
 
 
-def _finished(result: Result) -> Finished:
+def _finished(result: Result, dram_blocks: int, nvme_blocks: int) -> Finished:
     return Finished(
         request_id=result.request_id,
         tokens=list(result.tokens),
         prompt_tokens=result.prompt_tokens,
         reused_tokens=result.reused_tokens,
         computed_tokens=result.computed_tokens,
+        dram_blocks=dram_blocks,
+        nvme_blocks=nvme_blocks,
         ttft_s=result.ttft_s,
         logits_base64=encode_logits(result.prompt_logits.numpy()),
     )

@@ -17,6 +17,7 @@ from kvservice.demo.protocol import Command, Event, Failed, ProtocolError, Quit,
 
 _LOG_LINES_SHOWN = 15
 _STOP_TIMEOUT_S = 20.0
+_SEGMENT_BYTES = 64 << 20
 
 EventT = TypeVar("EventT")
 
@@ -106,22 +107,35 @@ class _Subprocess:
 class DaemonProcess(_Subprocess):
     """`kvservice serve` in a folder of its own."""
 
-    def __init__(self, folder: Path, *, dram_bytes: int) -> None:
+    def __init__(self, name: str, folder: Path, *, dram_bytes: int) -> None:
+        """One of the same folder finds on NVMe what an earlier one stored there."""
         self.socket_dir = folder / "sockets"
-        self._ready = False
-        self._ready_or_ended = threading.Event()
-        command = ["-m", "kvservice", "serve", "--socket-dir", str(self.socket_dir), "--http-port", "0"]
-        super().__init__("the daemon", [*command, "--dram-bytes", str(dram_bytes)], folder / "daemon.log")
+        self._said: dict[str, dict[str, object]] = {}
+        self._log_has_ended = False
+        self._heard = threading.Condition()
+        knobs = {
+            "socket-dir": self.socket_dir,
+            "http-port": 0,
+            "dram-bytes": dram_bytes,
+            "nvme-dirs": folder / "nvme",
+            "nvme-bytes": dram_bytes * 3 // 2,
+            "nvme-segment-bytes": _SEGMENT_BYTES,
+        }
+        flags = [text for knob, value in knobs.items() for text in (f"--{knob}", str(value))]
+        super().__init__(name, ["-m", "kvservice", "serve", *flags], folder / f"{name.replace(' ', '-')}.log")
 
     def log_line(self, line: str) -> None:
-        """Look for the line that says that it serves."""
-        if _is_ready(line):
-            self._ready = True
-            self._ready_or_ended.set()
+        """Note the events that it logs."""
+        with self._heard:
+            entry = _event(line)
+            self._said[str(entry.get("event"))] = entry
+            self._heard.notify_all()
 
     def log_ended(self) -> None:
         """Nothing more will be said."""
-        self._ready_or_ended.set()
+        with self._heard:
+            self._log_has_ended = True
+            self._heard.notify_all()
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until it serves.
@@ -129,9 +143,15 @@ class DaemonProcess(_Subprocess):
         Raises:
             DemoFailedError: It ended, or does not serve in time.
         """
-        self._ready_or_ended.wait(timeout_s)
-        if not self._ready:
-            raise self.died("starting")
+        self._wait_for("ready", timeout_s, doing="starting")
+
+    def wait_recovered(self, timeout_s: float) -> int:
+        """Wait until it has found again what is on NVMe; how many blocks that are.
+
+        Raises:
+            DemoFailedError: It ended, or is not done in time.
+        """
+        return int(str(self._wait_for("recovered", timeout_s, doing="looking at what is on NVMe")["blocks"]))
 
     def stop(self) -> None:
         """Ask it to drain and end.
@@ -149,13 +169,20 @@ class DaemonProcess(_Subprocess):
         if status != 0:
             raise self.died("draining")
 
+    def _wait_for(self, event: str, timeout_s: float, *, doing: str) -> dict[str, object]:
+        with self._heard:
+            self._heard.wait_for(lambda: event in self._said or self._log_has_ended, timeout_s)
+            if event not in self._said:
+                raise self.died(doing)
+            return self._said[event]
 
-def _is_ready(line: str) -> bool:
+
+def _event(line: str) -> dict[str, object]:
     try:
         entry = json.loads(line)
     except ValueError:
-        return False
-    return isinstance(entry, dict) and entry.get("event") == "ready"
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 class _Ended:

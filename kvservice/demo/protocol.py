@@ -84,13 +84,18 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class Finished:
-    """A request is done. Logits are those after the prompt, float32 little-endian in base64."""
+    """A request is done. Logits are those after the prompt, float32 little-endian in base64.
+
+    `dram_blocks` and `nvme_blocks`: where the blocks that it loaded were when it asked for them.
+    """
 
     request_id: str
     tokens: list[int]
     prompt_tokens: int
     reused_tokens: int
     computed_tokens: int
+    dram_blocks: int
+    nvme_blocks: int
     ttft_s: float
     logits_base64: str
 

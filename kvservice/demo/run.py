@@ -1,4 +1,4 @@
-"""run: the demo from start to exit status: a daemon, an engine without it, an engine with it, the restarted engine."""
+"""run: the demo from start to exit status: engines without a daemon, with one, restarted, and with it restarted too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -60,21 +60,19 @@ class Demo:
             DemoFailedError: A process died, or did not do what it was asked.
         """
         ready = self._recompute()
-        with self._daemon(ready) as daemon:
-            try:
-                return self._with_service(daemon)
-            except DemoFailedError as error:
-                if daemon.ended:
-                    # Whatever an engine complained of, this is why.
-                    raise daemon.died("conversations ran") from error
-                raise
-
-    def _with_service(self, daemon: DaemonProcess) -> Control:
-        daemon.wait_ready(_DAEMON_TIMEOUT_S)
-        first, restart = range(self._scale.restart_before_turn), self._scale.restart_before_turn
-        self._resume("engine 1", daemon, first, f"Engine 1 with the service: turns 1 to {restart}")
-        control = self._resume_restarted(daemon, range(restart, self._scale.turns))
-        daemon.stop()
+        scale = self._scale
+        engine_restart, daemon_restart = scale.engine_restart_before_turn, scale.daemon_restart_before_turn
+        with self._serving("the daemon", ready) as daemon:
+            self._resume("engine 1", daemon, range(engine_restart), "Engine 1 with the service")
+            self._resume("engine 2", daemon, range(engine_restart, daemon_restart), "Engine 2, a new process")
+            daemon.stop()
+        self._shown.phase("Engine and daemon restarted: what is left is on NVMe", steps=1)
+        with self._serving("the restarted daemon", ready) as daemon:
+            self._shown.step(
+                f"process {daemon.process_id}, {daemon.wait_recovered(_DAEMON_TIMEOUT_S)} blocks found again"
+            )
+            control = self._resume_restarted(daemon, range(daemon_restart, scale.turns))
+            daemon.stop()
         return control
 
     def _make_model(self, *, on_gpu: bool) -> Path:
@@ -91,10 +89,22 @@ class Demo:
         arguments += ["--window-tokens", str(self._scale.conversation_tokens)]
         return EngineProcess(name, [*arguments, *extra], self._folder)
 
-    def _daemon(self, ready: Ready) -> DaemonProcess:
+    @contextmanager
+    def _serving(self, name: str, ready: Ready) -> Iterator[DaemonProcess]:
+        """A daemon that serves; whatever else fails meanwhile, its end is the reason."""
+        with self._daemon(name, ready) as daemon:
+            daemon.wait_ready(_DAEMON_TIMEOUT_S)
+            try:
+                yield daemon
+            except DemoFailedError as error:
+                if daemon.ended:
+                    raise daemon.died("conversations ran") from error
+                raise
+
+    def _daemon(self, name: str, ready: Ready) -> DaemonProcess:
         blocks = self._scale.conversations * (self._scale.conversation_tokens // ready.tokens_per_block + 1)
         dram_bytes = max(_DRAM_SIZE_BYTES_MIN, blocks * ready.block_size_bytes * 3 // 2)
-        return DaemonProcess(self._folder, dram_bytes=dram_bytes)
+        return DaemonProcess(name, self._folder, dram_bytes=dram_bytes)
 
     def _recompute(self) -> Ready:
         scale = self._scale
@@ -133,19 +143,20 @@ class Demo:
             engine.quit()
 
     def _resume_restarted(self, daemon: DaemonProcess, turns: range) -> Control:
-        phase = f"Engine 2, a new process: turns {turns[0] + 1} to {turns[-1] + 1}"
-        with self._attached_engine("engine 2", daemon, turns, phase) as engine:
-            self._run_resumed(engine, turns)
+        with self._attached_engine("engine 3", daemon, turns, "Engine 3, from the restarted daemon") as engine:
+            self._run_resumed(engine, turns, restarted_before=turns[0])
             control = self._run_control(engine, turns[-1])
             engine.quit()
         return control
 
     def _attached_engine(self, name: str, daemon: DaemonProcess, turns: range, phase: str) -> EngineProcess:
-        self._shown.phase(phase, steps=self._scale.conversations * len(turns) + 1)
+        numbers = f"turn {turns[0] + 1}" + (f" to {turns[-1] + 1}" if len(turns) > 1 else "")
+        self._shown.phase(f"{phase}: {numbers}", steps=self._scale.conversations * len(turns) + 1)
         extra = ["--socket-dir", str(daemon.socket_dir)]
         return self._engine(name, *extra, *(["--sabotage", self._sabotage] if self._sabotage else []))
 
-    def _run_resumed(self, engine: EngineProcess, turns: range) -> None:
+    def _run_resumed(self, engine: EngineProcess, turns: range, *, restarted_before: int = -1) -> None:
+        # `restarted_before`: the turn before which the daemon was restarted.
         ready = engine.wait_ready(ANSWER_TIMEOUT_S)
         if not ready.attached:
             raise DemoFailedError(f"{engine.name} did not attach to the daemon")
@@ -162,6 +173,7 @@ class Demo:
                 history_reproduced=all(
                     row.tokens_identical for row in self.rows if row.conversation == conversation.index + 1
                 ),
+                from_nvme=turn == restarted_before,
                 tokens_per_block=ready.tokens_per_block,
                 dtype=ready.dtype,
             )
@@ -277,6 +289,7 @@ def _print_words(console: Console, summary: Summary, control: Control, problems:
             f"{summary.computed_tokens:,} of {summary.prompt_tokens:,} prompt tokens went through the model: "
             f"{summary.prefill_saved:.0%} of the prefill was saved."
         ),
+        f"{summary.nvme_turns} turns resumed from NVMe, after the daemon's restart.",
         f"Tokens were identical in {summary.identical_turns} of {summary.turns} turns{identity}",
         (
             f"Control: with corrupted keys and values the tokens {difference} "

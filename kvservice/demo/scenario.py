@@ -18,8 +18,9 @@ class Scale:
 
     conversations: int = 3
     turns: int = 6
-    # The turns from this one on are run by the restarted engine.
-    restart_before_turn: int = 4
+    # The turns from the first on are run by a second engine, from the second on by a third one and a restarted daemon.
+    engine_restart_before_turn: int = 2
+    daemon_restart_before_turn: int = 4
     first_turn_tokens: int = 1400
     next_turn_tokens: int = 120
     answer_tokens: int = 20
@@ -45,7 +46,13 @@ class Scale:
 
 ON_GPU = Scale(first_turn_tokens=6000, next_turn_tokens=250)
 QUICK = Scale(
-    conversations=2, turns=3, restart_before_turn=2, first_turn_tokens=200, next_turn_tokens=40, answer_tokens=12
+    conversations=2,
+    turns=4,
+    engine_restart_before_turn=1,
+    daemon_restart_before_turn=2,
+    first_turn_tokens=200,
+    next_turn_tokens=40,
+    answer_tokens=12,
 )
 
 

@@ -28,7 +28,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     """All turns so far, one line each; 79 columns wide."""
     table = Table(title=_TITLE, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     headings = (
-        "con-\nvers.", "turn", "engine", "history\ntokens", "\nreused", "com-\nputed", "TTFT ms\nrecomp.",
+        "con-\nvers.", "turn", "en-\ngine", "his-\ntory", "\nreused", "\nfrom", "com-\nputed", "TTFT ms\nrecomp.",
         "TTFT ms\nresumed", "speed-\nup", "\ntokens", "logits\ndiff",
     )  # fmt: skip
     for heading in headings:
@@ -49,6 +49,7 @@ def _cells(row: Row) -> list[str]:
         row.engine.removeprefix("engine "),
         f"{row.history_tokens:,}",
         f"{row.reused_tokens:,}",
+        row.origin,
         f"{row.computed_tokens:,}",
         f"{row.ttft_recomputed_ms:.1f}",
         f"{row.ttft_resumed_ms:.1f}",
@@ -105,7 +106,8 @@ class Progressing:
         self._rows.append(row)
         self.step(
             f"conversation {row.conversation} turn {row.turn}: {row.history_tokens} tokens of history, "
-            f"{row.computed_tokens} computed, first token after {row.ttft_resumed_ms:.1f} ms "
+            f"{row.reused_tokens} of them from {row.origin}, {row.computed_tokens} computed, "
+            f"first token after {row.ttft_resumed_ms:.1f} ms "
             f"(recomputed: {row.ttft_recomputed_ms:.1f}), "
             f"tokens {'identical' if row.tokens_identical else 'DIFFER'}"
         )

@@ -27,11 +27,23 @@ def test_conversations_resume_and_the_status_is_zero(tmp_path: Path) -> None:
     assert [(row["conversation"], row["turn"], row["engine"]) for row in rows] == [
         (1, 1, "engine 1"),
         (2, 1, "engine 1"),
-        (1, 2, "engine 1"),
-        (2, 2, "engine 1"),
-        (1, 3, "engine 2"),
-        (2, 3, "engine 2"),
+        (1, 2, "engine 2"),
+        (2, 2, "engine 2"),
+        (1, 3, "engine 3"),
+        (2, 3, "engine 3"),
+        (1, 4, "engine 3"),
+        (2, 4, "engine 3"),
     ]
+    for row in rows:
+        reused_blocks = row["reused_tokens"] // 16
+        # Turn 2 is a new engine's, turn 3 a new daemon's; what turn 3 read is in DRAM for turn 4.
+        origin = (0, reused_blocks) if row["turn"] == 3 else (reused_blocks, 0)
+        assert (row["dram_blocks"], row["nvme_blocks"]) == origin
+    assert written["summary"]["nvme_turns"] == 2
+    table = [
+        line.split() for line in done.stdout.splitlines() if line.split()[:2] in (["1", "1"], ["1", "2"], ["1", "3"])
+    ]
+    assert [cells[5] for cells in table] == ["-", "DRAM", "NVMe"], "the table names the tier"
     for row in rows:
         assert row["tokens_identical"]
         assert row["reused_tokens"] + row["computed_tokens"] == row["history_tokens"] + row["new_tokens"]
