@@ -1,0 +1,11 @@
+"""positions: what a model's keys say of where their tokens stand, and how saved keys move when their tokens do.
+
+Rotary positions (RoPE) multiply a key by R(p), a rotation whose angles are p times fixed frequencies. Rotations
+compose, R(q) = R(q - p) R(p), so a key saved at position p serves at q after one more rotation. Values carry no
+position. Used by every adapter, inside the engine's process; the service itself never touches keys.
+"""
+
+from kvservice_adapters.positions.rope import Rope, RopeForm, UnsupportedPositions, rope_of_config
+from kvservice_adapters.positions.rotation import moved
+
+__all__ = ["Rope", "RopeForm", "UnsupportedPositions", "moved", "rope_of_config"]
