@@ -1,4 +1,4 @@
-"""history: why blocks left, for as long as memory allows. Answers Explain, decides nothing."""
+"""history: why blocks left, for as long as memory allows. Answers Explain and reminds policies, decides nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class Departure:
     reason: DropReason
     at_s: float
     idle_s: float
+    memory: int = 0
+    """What the eviction policy wants to be told if the block comes back."""
 
 
 class History:

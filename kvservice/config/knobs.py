@@ -23,7 +23,7 @@ LIFECYCLE = "Background work, draining, logs"
 NETWORK = "TCP and HTTP"
 SAVINGS = "Estimates of what was saved"
 
-POLICIES = ("fifo", "lru")
+POLICIES = ("fifo", "lru", "lookahead", "predictive")
 """Names of the eviction policies; the room `policies` implements each."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -184,7 +184,9 @@ class Config:
         "lru",
         EVICTION,
         "Order in which blocks leave, the deepest block of a chain before its prefix. lru: unused for longest first. "
-        "fifo: stored first, for comparison.",
+        "fifo: stored first, for comparison. lookahead: lru, but what waiting requests need comes last, the end of the "
+        "queue first. predictive: the same with a prediction, learned from each use, of how soon blocks that nobody "
+        "waits for are used again, in place of lru. docs/policies.md compares them.",
         choices=POLICIES,
     )
 

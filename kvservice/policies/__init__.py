@@ -8,15 +8,32 @@ from collections.abc import Callable, Mapping
 
 from kvservice.errors import ConfigError
 from kvservice.policies.fifo import FirstInFirstOut
+from kvservice.policies.lookahead import LookAhead
 from kvservice.policies.lru import LeastRecentlyUsed
-from kvservice.policies.protocol import EvictionPolicy
+from kvservice.policies.predictive import Predictive
+from kvservice.policies.protocol import NO_MEMORY, EvictionPolicy, Memories, Memory, nothing_remembered
 from kvservice.policies.window import Window
 
-__all__ = ["POLICIES", "EvictionPolicy", "FirstInFirstOut", "LeastRecentlyUsed", "Window", "make_policy"]
+__all__ = [
+    "NO_MEMORY",
+    "POLICIES",
+    "EvictionPolicy",
+    "FirstInFirstOut",
+    "LeastRecentlyUsed",
+    "LookAhead",
+    "Memories",
+    "Memory",
+    "Predictive",
+    "Window",
+    "make_policy",
+    "nothing_remembered",
+]
 
 POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = {
     "fifo": FirstInFirstOut,
     "lru": LeastRecentlyUsed,
+    "lookahead": lambda: LookAhead(LeastRecentlyUsed(), name="lookahead"),
+    "predictive": lambda: LookAhead(Predictive(), name="predictive"),
 }
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from kvservice.blocks import NO_ROW, Rows
-from kvservice.policies.order import PlacedOrder
-from kvservice.policies.protocol import Orders
+from kvservice.policies.order import PlacedOrder, Stamps
+from kvservice.policies.protocol import NO_MEMORY, Memories, Memory, Orders
 
 
 class FirstInFirstOut:
@@ -17,17 +17,18 @@ class FirstInFirstOut:
     name = "fifo"
 
     def __init__(self) -> None:
-        self._order = PlacedOrder()
+        self._stamps = Stamps()
+        self._order = PlacedOrder(self._stamps)
         self._passed: set[int] = set()  # still in the tier, their turn has passed
 
-    def stored(self, rows: Rows, parents: Rows, now_s: float) -> None:
+    def stored(self, rows: Rows, parents: Rows, now_s: float, memories: Memories) -> None:
         self._order.place(rows[::-1])
 
     def touch(self, rows: Rows, now_s: float) -> None:
         self.released(rows)
 
     def released(self, rows: Rows) -> None:
-        absent = rows[~self._order.is_placed(rows)]
+        absent = rows[~self._stamps.is_placed(rows)]
         is_passed = np.fromiter((row in self._passed for row in absent.tolist()), dtype=bool, count=len(absent))
         self._order.place(absent[~is_passed][::-1])
         for row in absent[is_passed].tolist():
@@ -41,10 +42,11 @@ class FirstInFirstOut:
 
     def demoted(self, row: int) -> None:
         self._passed.discard(row)
-        self._order.remove(row)
+        self._stamps.remove(row)
 
-    def forget(self, row: int) -> None:
+    def forget(self, row: int) -> Memory:
         self.demoted(row)
+        return NO_MEMORY
 
     def exposed(self, row: int) -> None:
         self._order.recall(row)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvservice.blocks import NO_ROW, Rows
-from kvservice.policies.order import PlacedOrder
-from kvservice.policies.protocol import Orders
+from kvservice.policies.order import PlacedOrder, Stamps
+from kvservice.policies.protocol import NO_MEMORY, Memories, Memory, Orders
 
 
 class LeastRecentlyUsed:
@@ -15,9 +15,10 @@ class LeastRecentlyUsed:
     name = "lru"
 
     def __init__(self) -> None:
-        self._order = PlacedOrder()
+        self._stamps = Stamps()
+        self._order = PlacedOrder(self._stamps)
 
-    def stored(self, rows: Rows, parents: Rows, now_s: float) -> None:
+    def stored(self, rows: Rows, parents: Rows, now_s: float, memories: Memories) -> None:
         self._order.place(rows[::-1])
 
     def touch(self, rows: Rows, now_s: float) -> None:
@@ -33,10 +34,11 @@ class LeastRecentlyUsed:
         pass
 
     def demoted(self, row: int) -> None:
-        self._order.remove(row)
+        self._stamps.remove(row)
 
-    def forget(self, row: int) -> None:
-        self._order.remove(row)
+    def forget(self, row: int) -> Memory:
+        self._stamps.remove(row)
+        return NO_MEMORY
 
     def exposed(self, row: int) -> None:
         # If its turn has passed while blocks behind it kept it, it is older than everything in the log.

@@ -2,7 +2,7 @@
 
 A log of placements instead: a placement of a chain is two vector writes whatever its length, where a list in Python
 costs about a microsecond a block. An entry of the log is current only while it carries its row's latest stamp; stale
-ones are passed over, and the log is rewritten when they are the majority.
+ones are passed over, and the log is rewritten when they may be the majority.
 """
 
 from __future__ import annotations
@@ -14,21 +14,57 @@ import numpy as np
 from kvservice.blocks import NO_ROW, Rows
 
 _PIECE_ROWS = 65_536
+_SLACK_ROWS = 4096
+
+
+class Stamps:
+    """Each row's latest placement, in whichever of several orders that was.
+
+    0: in none; positive: in a log; negative: recalled to the front.
+    """
+
+    def __init__(self) -> None:
+        self.of = np.zeros(1024, dtype=np.int64)
+        self._clock = 0
+
+    def next(self) -> int:
+        """A number that no placement had yet."""
+        self._clock += 1
+        return self._clock
+
+    def is_placed(self, rows: Rows) -> np.ndarray:
+        """Which of the rows are in some order, as a mask."""
+        if len(rows):
+            self.reach(int(rows.max()))
+        mask: np.ndarray = self.of[rows] != 0
+        return mask
+
+    def remove(self, row: int) -> None:
+        """Take the row out of whichever order it is in."""
+        if row < len(self.of):
+            self.of[row] = 0
+
+    def reach(self, row: int) -> None:
+        """Make sure that the row has a stamp."""
+        if row >= len(self.of):
+            grown = np.zeros(max(row + 1, 2 * len(self.of)), dtype=np.int64)
+            grown[: len(self.of)] = self.of
+            self.of = grown
 
 
 class PlacedOrder:
     """Rows, the one placed longest ago first; of one placement in the order given.
 
-    Rows whose turn has passed can be put back in front of all others (`recall`), the last one first.
+    Rows whose turn has passed can be put back in front of all others (`recall`), the last one first. A row is in one of
+    the orders that share their stamps: where it was placed or recalled last.
     """
 
-    def __init__(self) -> None:
-        self._stamps = np.zeros(1024, dtype=np.int64)  # a row's latest placement; 0: not in the log
+    def __init__(self, stamps: Stamps) -> None:
+        self._stamps = stamps
         self._log: deque[tuple[np.ndarray, np.ndarray]] = deque()  # (rows, stamps), oldest first
         self._logged = 0
-        self._current = 0
-        self._clock = 0
-        self._recalled: dict[int, None] = {}
+        self._logged_max = _SLACK_ROWS
+        self._recalled: dict[int, int] = {}
 
     @property
     def logged(self) -> int:
@@ -39,40 +75,37 @@ class PlacedOrder:
         """Put distinct rows behind all others, the first of them first."""
         if len(rows) == 0:
             return
-        self._clock += 1
-        self._reach(int(rows.max()))
-        self._current += int(np.count_nonzero(self._stamps[rows] == 0))
-        self._stamps[rows] = self._clock
+        self._stamps.reach(int(rows.max()))
+        stamp = self._stamps.next()
+        self._stamps.of[rows] = stamp
         # A stride of zero: one number stands for the whole entry's stamps.
-        self._log.append((rows.copy(), np.broadcast_to(np.int64(self._clock), rows.shape)))
+        self._log.append((rows.copy(), np.broadcast_to(np.int64(stamp), rows.shape)))
         self._logged += len(rows)
-        if self._logged > 2 * self._current + 4096:
+        if self._logged > self._logged_max:
             self._rewrite()
-
-    def is_placed(self, rows: Rows) -> np.ndarray:
-        """Which of the rows are in the log, as a mask."""
-        if len(rows):
-            self._reach(int(rows.max()))
-        mask: np.ndarray = self._stamps[rows] > 0
-        return mask
-
-    def remove(self, row: int) -> None:
-        """Take the row out wherever it is."""
-        self._recalled.pop(row, None)
-        if row < len(self._stamps) and self._stamps[row]:
-            self._stamps[row] = 0
-            self._current -= 1
 
     def recall(self, row: int) -> None:
         """Put the row in front of all others, unless its turn is still to come."""
-        if row >= len(self._stamps) or not self._stamps[row]:
-            self._recalled[row] = None
+        self._stamps.reach(row)
+        if not self._stamps.of[row]:
+            stamp = self._stamps.next()
+            self._stamps.of[row] = -stamp
+            self._recalled[row] = stamp
+
+    def first(self) -> int:
+        """The row that `take` would take; NO_ROW when there is none."""
+        row = self.take()
+        if row != NO_ROW:
+            self.recall(row)
+        return row
 
     def take(self) -> int:
         """Take out the first row; NO_ROW when there is none."""
+        of = self._stamps.of
         while self._recalled:
-            row, _ = self._recalled.popitem()
-            if row >= len(self._stamps) or not self._stamps[row]:
+            row, stamp = self._recalled.popitem()
+            if of[row] == -stamp:
+                of[row] = 0
                 return row
         while self._log:
             rows, stamps = self._log[0]
@@ -82,16 +115,15 @@ class PlacedOrder:
                 self._log.popleft()
             self._logged -= 1
             row = int(rows[0])
-            if self._stamps[row] == stamps[0]:
-                self._stamps[row] = 0
-                self._current -= 1
+            if of[row] == stamps[0]:
+                of[row] = 0
                 return row
         return NO_ROW
 
     def _rewrite(self) -> None:
         rows = np.concatenate([entry[0] for entry in self._log])
         stamps = np.concatenate([entry[1] for entry in self._log])
-        current = self._stamps[rows] == stamps
+        current = self._stamps.of[rows] == stamps
         rows, stamps = rows[current], stamps[current]
         self._log.clear()
         # In pieces, so that taking from the front never holds on to the whole.
@@ -99,9 +131,4 @@ class PlacedOrder:
             end = start + _PIECE_ROWS
             self._log.append((rows[start:end].copy(), stamps[start:end].copy()))
         self._logged = len(rows)
-
-    def _reach(self, row: int) -> None:
-        if row >= len(self._stamps):
-            grown = np.zeros(max(row + 1, 2 * len(self._stamps)), dtype=np.int64)
-            grown[: len(self._stamps)] = self._stamps
-            self._stamps = grown
+        self._logged_max = 2 * len(rows) + _SLACK_ROWS

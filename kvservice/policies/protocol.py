@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NewType, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,19 @@ from kvservice.blocks import Rows
 
 Orders = NDArray[np.float64]
 """When waiting requests come to need rows: smaller is sooner, infinite is not at all."""
+
+Memory = NewType("Memory", int)
+"""What a policy wants remembered of a block that left: 64 bits that only the policy reads."""
+
+NO_MEMORY = Memory(0)
+
+Memories = NDArray[np.int64]
+"""One memory for each row."""
+
+
+def nothing_remembered(rows: Rows) -> Memories:
+    """For rows of which nothing is known from before."""
+    return np.full(len(rows), NO_MEMORY, dtype=np.int64)
 
 
 class EvictionPolicy(Protocol):
@@ -23,11 +36,12 @@ class EvictionPolicy(Protocol):
 
     name: str
 
-    def stored(self, rows: Rows, parents: Rows, now_s: float) -> None:
+    def stored(self, rows: Rows, parents: Rows, now_s: float, memories: Memories) -> None:
         """These blocks came into the namespace just now, each after the block before it.
 
         Args:
             parents: the row of the block before each; NO_ROW: a root.
+            memories: what `forget` returned for each when the block left before; NO_MEMORY where that is not known.
         """
         ...
 
@@ -43,7 +57,10 @@ class EvictionPolicy(Protocol):
         ...
 
     def needed(self, rows: Rows, orders: Orders) -> None:
-        """The earliest waiting request that needs each row changed; infinite: none does any more."""
+        """The earliest waiting request that needs each row changed; infinite: none does any more.
+
+        Ends of chains that are not needed any more are `exposed` afterwards: eviction may have passed them over.
+        """
         ...
 
     def expect(self, rows: Rows, at_s: float) -> None:
@@ -57,8 +74,12 @@ class EvictionPolicy(Protocol):
         """The row left this tier and is still in the index: no victim until it is released or touched."""
         ...
 
-    def forget(self, row: int) -> None:
-        """The row left the index; its number may be used again."""
+    def forget(self, row: int) -> Memory:
+        """The row left the index; its number may be used again.
+
+        Returns:
+            What the policy wants to be told if the same block is stored again.
+        """
         ...
 
     def exposed(self, row: int) -> None:

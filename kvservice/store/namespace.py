@@ -19,7 +19,7 @@ from kvservice.history import Departure, History
 from kvservice.index import Index, State
 from kvservice.instances import Instance
 from kvservice.metrics import Metrics
-from kvservice.policies import EvictionPolicy, Window, make_policy
+from kvservice.policies import NO_MEMORY, EvictionPolicy, Memories, Window, make_policy
 from kvservice.sessions import Sessions, session_key
 from kvservice.store.arrivals import Arrival
 
@@ -86,9 +86,9 @@ class Namespace:
         """These blocks became resident, a block before what follows it."""
         if len(rows):
             self.index.last_used_s[rows] = now_s
-            parents = self.index.parent[rows]
-            self.policy.stored(rows, parents, now_s)
-            self.nvme_policy.stored(rows, parents, now_s)
+            parents, memories = self.index.parent[rows], self._memories(rows)
+            self.policy.stored(rows, parents, now_s, memories)
+            self.nvme_policy.stored(rows, parents, now_s, memories)
             self.last_used_s = now_s
 
     def queue(self, request: Hashable, rows: Rows, order: float) -> None:
@@ -133,11 +133,11 @@ class Namespace:
         index = self.index
         parent, slot, extent = int(index.parent[row]), int(index.slot[row]), int(index.extent[row])
         idle_s = max(0.0, now_s - float(index.last_used_s[row]))
-        self.history.remember(index.hash_of(row), Departure(reason, now_s, idle_s))
+        memory = self.policy.forget(row)
+        self.nvme_policy.forget(row)  # told the same as the other one, it would have the same remembered
+        self.history.remember(index.hash_of(row), Departure(reason, now_s, idle_s, memory))
         self.metrics.evictions.evicted(reason, age_s=max(0.0, now_s - float(index.committed_at_s[row])), idle_s=idle_s)
         self.sessions.row_left(row, parent)
-        self.policy.forget(row)
-        self.nvme_policy.forget(row)
         self.window.forget(row)
         self.arrivals.pop(row, None)
         index.remove(row)
@@ -284,6 +284,12 @@ class Namespace:
         assert len(owned) == len(present), "a slot belongs to a row that is absent or not in DRAM"
         reserved = self.index.state[present] == State.RESERVED
         assert (self.pool.holders[slots[reserved]] > 0).all(), "a reserved block without its writer"
+
+    def _memories(self, rows: Rows) -> Memories:
+        """What the policy had remembered of blocks with these rows' hashes when they left before."""
+        departures = map(self.history.find, map(self.index.hash_of, rows.tolist()))
+        memories = (departure.memory if departure else NO_MEMORY for departure in departures)
+        return np.fromiter(memories, dtype=np.int64, count=len(rows))
 
     def _tell_needed(self, rows: Rows) -> None:
         if len(rows):

@@ -15,6 +15,7 @@ import numpy as np
 from kvservice.blocks import NO_ROW, NO_SLOT, BlockHash, DropReason, NamespaceSpec, Rows
 from kvservice.index import Index, State
 from kvservice.nvme import Recovered
+from kvservice.policies import nothing_remembered
 from kvservice.store.disks import Disk, Disks
 from kvservice.store.namespace import Namespace
 
@@ -157,9 +158,9 @@ def adopt(namespace: Namespace, restored: Restored, now_s: float) -> None:
         moved[row] = target
     namespace.swap_index(new, moved)
     recovered = restored.coldest_first[::-1]
-    namespace.nvme_policy.stored(recovered, new.parent[recovered], now_s)
+    namespace.nvme_policy.stored(recovered, new.parent[recovered], now_s, nothing_remembered(recovered))
     carried = np.array(list(moved.values()), dtype=np.int32)
-    namespace.policy.stored(carried, new.parent[carried], now_s)
+    namespace.policy.stored(carried, new.parent[carried], now_s, nothing_remembered(carried))
     namespace.nvme_policy.touch(carried, now_s)
     for session, tip in restored.tips:
         namespace.sessions.extend(session, np.zeros(0, dtype=np.int32), tip)

@@ -255,7 +255,7 @@ def test_unknown_and_malformed_settings_say_where_they_are_and_what_to_write(
         ("[namespaces.llama]\nquota = 1", "knows no quota"),
         ("[namespaces.llama]\ndram_quota_bytes = 'much'", "is not a size"),
         ("[namespaces.llama]\ndram_quota_bytes = -1", "out of bounds"),
-        ("[namespaces.llama]\npolicy = 'lfu'", "not one of fifo, lru"),
+        ("[namespaces.llama]\npolicy = 'lfu'", "not one of fifo, lru, lookahead, predictive"),
         ("drain_s = ", "is not TOML"),
         ("drain_s = 1\ndrain_s = 2", "is not TOML"),
     ],

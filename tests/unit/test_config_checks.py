@@ -52,7 +52,7 @@ def test_a_value_outside_its_bounds_is_refused_by_name(knob: Knob, value: float)
     [
         ({"low_watermark": "0.95"}, "low_watermark .*0.95 is not below high_watermark"),
         ({"lease_s": "301"}, r"lease_s .*301.0 is more than lease_s_max \(300.0\)"),
-        ({"policy": "lfu"}, "policy .*'lfu' is not one of fifo, lru"),
+        ({"policy": "lfu"}, "policy .*'lfu' is not one of fifo, lru, lookahead, predictive"),
         ({"log_level": "inf"}, "did you mean info"),
         ({"socket_dir": "run"}, "socket_dir .*'run' is not an absolute path"),
         ({"socket_dir": "/" + "x" * 100}, "socket_dir .*longer than 94 bytes"),

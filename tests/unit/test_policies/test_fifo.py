@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvservice.blocks import NO_ROW, Rows
-from kvservice.policies import FirstInFirstOut
+from kvservice.policies import FirstInFirstOut, nothing_remembered
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ def rows(*numbers: int) -> Rows:
 def stored(*chains: Rows) -> FirstInFirstOut:
     policy = FirstInFirstOut()
     for chain in chains:
-        policy.stored(chain, np.concatenate([rows(NO_ROW), chain[:-1]]), 0.0)
+        policy.stored(chain, np.concatenate([rows(NO_ROW), chain[:-1]]), 0.0, nothing_remembered(chain))
     return policy
 
 
@@ -67,7 +67,7 @@ def test_a_number_used_again_is_not_taken_for_its_predecessor() -> None:
     policy = stored(rows(0), rows(1))
     assert take(policy, is_evictable=lambda row: False) == []
     policy.forget(0)
-    policy.stored(rows(2), rows(NO_ROW), 0.0)
-    policy.stored(rows(0), rows(NO_ROW), 0.0)
+    policy.stored(rows(2), rows(NO_ROW), 0.0, nothing_remembered(rows(2)))
+    policy.stored(rows(0), rows(NO_ROW), 0.0, nothing_remembered(rows(0)))
     policy.released(rows(0))
     assert take(policy) == [2, 0]
