@@ -37,19 +37,24 @@ class Daemon:
 
 
 @contextmanager
-def running_daemon(*, dram_bytes: int) -> Iterator[Daemon]:
+def running_daemon(*, dram_bytes: int, **knobs: object) -> Iterator[Daemon]:
     """`kvservice serve` with that much memory for blocks, ready to serve; stopped by SIGTERM at the end.
 
     A namespace gets all of that memory soon after it is attached, where the default would grant it in steps.
 
+    Args:
+        dram_bytes: the arena.
+        knobs: further knobs by name; the directories of the NVMe tier, say.
+
     Raises:
         RuntimeError: it ended before it was ready; the message is its log.
     """
-    memory = ["--dram-bytes", str(dram_bytes), "--dram-grow-ahead-bytes", str(dram_bytes)]
+    knobs = {"dram_bytes": dram_bytes, "dram_grow_ahead_bytes": dram_bytes, "http_port": 0, **knobs}
+    flags = [text for name, value in knobs.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     with tempfile.TemporaryDirectory(prefix="kvservice-bench-") as directory:
         socket_dir = str(Path(directory) / "sockets")
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvservice", "serve", "--socket-dir", socket_dir, "--http-port", "0", *memory],
+            [sys.executable, "-m", "kvservice", "serve", "--socket-dir", socket_dir, *flags],
             stderr=subprocess.PIPE,
             text=True,
         )

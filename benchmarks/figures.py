@@ -59,6 +59,9 @@ FIGURES: Sequence[Figure] = (
     *_versus("redis_reference", "vs_redis"),
     *_versus("mooncake_reference", "vs_mooncake"),
     Figure("index_bytes_per_block", "index_memory", Direction.AT_MOST, 400),
+    Figure("nvme_read_ratio", "nvme", Direction.AT_LEAST, 0.9),
+    Figure("nvme_write_ratio", "nvme", Direction.AT_LEAST, 0.85),
+    Figure("nvme_first_block_share", "nvme", Direction.AT_MOST, 0.05),
 )
 
 

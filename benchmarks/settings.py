@@ -20,6 +20,7 @@ class Settings:
         lookup_calls: calls of each side and size per repetition.
         index_blocks: size of the index behind the lookup ratios.
         growth_blocks: the small and the large index of lookup_1_growth; the large one is also what index_memory fills.
+        nvme_chain_blocks: blocks of `shm_block_size_bytes` in each chain that goes to NVMe and comes back.
         versus_batches: (label, block size in bytes, blocks per batch) of the comparisons with other stores.
     """
 
@@ -30,6 +31,7 @@ class Settings:
     lookup_calls: int
     index_blocks: int
     growth_blocks: tuple[int, int]
+    nvme_chain_blocks: int
     versus_batches: tuple[tuple[str, int, int], ...] = (("1MiB", MIB, 64), ("16MiB", 16 * MIB, 16))
 
 
@@ -41,6 +43,7 @@ FULL = Settings(
     lookup_calls=200,
     index_blocks=100_000,
     growth_blocks=(1_000, 1_000_000),
+    nvme_chain_blocks=256,
 )
 
 QUICK = Settings(
@@ -51,4 +54,5 @@ QUICK = Settings(
     lookup_calls=50,
     index_blocks=10_000,
     growth_blocks=(1_000, 50_000),
+    nvme_chain_blocks=32,
 )

@@ -2,18 +2,21 @@
 
 from kvservice.nvme.files import Files, RealFiles
 from kvservice.nvme.format import RecordKind, record, records_array
-from kvservice.nvme.results import ReadResult, Recovered, SegmentUse
-from kvservice.nvme.volume import PLACE_BITS, Volume
+from kvservice.nvme.results import ReadJob, ReadResult, Recovered, SegmentUse, WriteJob
+from kvservice.nvme.segments import PLACE_BITS
+from kvservice.nvme.volume import Volume
 
 __all__ = [
     "PLACE_BITS",
     "Files",
+    "ReadJob",
     "ReadResult",
     "RealFiles",
     "RecordKind",
     "Recovered",
     "SegmentUse",
     "Volume",
+    "WriteJob",
     "record",
     "records_array",
 ]

@@ -8,6 +8,17 @@ from collections.abc import Sequence
 from typing import Protocol
 
 Buffer = memoryview | bytes | bytearray
+_ALIGNMENT_BYTES = 4096
+
+
+def after(buffers: Sequence[memoryview], done_bytes: int) -> list[memoryview]:
+    """What is left of the buffers behind their first bytes."""
+    left = []
+    for buffer in buffers:
+        if done_bytes < len(buffer):
+            left.append(buffer[done_bytes:] if done_bytes else buffer)
+        done_bytes = max(0, done_bytes - len(buffer))
+    return left
 
 
 class Files(Protocol):
@@ -23,6 +34,10 @@ class Files(Protocol):
 
     def read(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill the buffers from the offset; how many bytes there were."""
+        ...
+
+    def size_bytes(self, descriptor: int) -> int:
+        """How long the file is."""
         ...
 
     def flush(self, descriptor: int) -> None:
@@ -64,13 +79,19 @@ class RealFiles:
 
     def write(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
         wanted = sum(len(buffer) for buffer in buffers)
-        written = os.pwritev(descriptor, buffers, offset)
-        if written != wanted:
-            # A disk that is full or failing; writing the rest would need aligned pieces again.
-            raise OSError(errno.EIO, f"{written} of {wanted} bytes written")
+        done = 0
+        while done < wanted:
+            # After a short write the next says why: the disk is full, or fails.
+            written = os.pwritev(descriptor, after([memoryview(buffer) for buffer in buffers], done), offset + done)
+            if written < min(_ALIGNMENT_BYTES, wanted - done):
+                raise OSError(errno.EIO, f"{done + written} of {wanted} bytes written")
+            done += written if done + written == wanted else written - written % _ALIGNMENT_BYTES
 
     def read(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.preadv(descriptor, buffers, offset)
+
+    def size_bytes(self, descriptor: int) -> int:
+        return os.fstat(descriptor).st_size
 
     def flush(self, descriptor: int) -> None:
         os.fdatasync(descriptor)

@@ -9,7 +9,8 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -17,17 +18,17 @@ import xxhash
 from kvservice.blocks import BlockHash, NamespaceSpec
 
 PAGE_BYTES = 4096
-VERSION = 1
+VERSION = 2
 HASH_BYTES_MAX = 64
 
 # magic, version, hash length, namespace digest, hash, payload length, payload checksum, header checksum
 _EXTENT = struct.Struct("<8sHH32s64sQQQ")
 _EXTENT_MAGIC = b"KVEXTENT"
-# magic, version, padding, segment id, namespace digest, stride, extents, checksum
-_SEGMENT = struct.Struct("<8sHHI32sQQQ")
+# magic, version, padding, segment id, namespace digest, stride, extents, generation, checksum
+_SEGMENT = struct.Struct("<8sHHI32sQQQQ")
 _SEGMENT_MAGIC = b"KVSEGMNT"
-# magic, version, records, sequence number, checksum
-_PAGE = struct.Struct("<8sHHIQ8x")
+# magic, version, records, position in its file, the file's number, checksum
+_PAGE = struct.Struct("<8sHHIQQ")
 _PAGE_MAGIC = b"KVINDEXP"
 
 
@@ -49,7 +50,7 @@ RECORD = np.dtype(
         ("pad", "u1"),
         ("depth", "<u4"),
         ("uses", "<u4"),
-        ("namespace", "<u4"),
+        ("namespace", "<u8"),
         ("extent", "<i8"),
         ("checksum", "<u8"),
         ("last_used_s", "<f8"),
@@ -57,16 +58,22 @@ RECORD = np.dtype(
         ("parent", f"V{HASH_BYTES_MAX}"),
     ]
 )
-"""One journal record. `namespace` is the first four bytes of the digest; times are wall-clock seconds."""
+"""One journal record. `namespace` is the first eight bytes of the digest; times are wall-clock seconds."""
 
 RECORDS_PER_PAGE = (PAGE_BYTES - _PAGE.size) // RECORD.itemsize
 
 
+@lru_cache(maxsize=1024)
 def namespace_digest(spec: NamespaceSpec) -> bytes:
     """32 bytes that name a namespace and its geometry."""
     tenant = spec.key.tenant.encode()
     sizes = struct.pack("<QIIII", spec.block_size_bytes, spec.tokens_per_block, spec.hash_size_bytes, len(tenant), 0)
     return hashlib.sha256(sizes + tenant + spec.key.fingerprint).digest()
+
+
+def short_digest(digest: bytes) -> int:
+    """What stands for a namespace in a record. An extent has the whole digest, and reading it compares that."""
+    return int.from_bytes(digest[:8], "little")
 
 
 def extent_stride_bytes(block_size_bytes: int) -> int:
@@ -82,29 +89,42 @@ def pack_extent_header(page: memoryview, digest: bytes, block_hash: BlockHash, s
     _EXTENT.pack_into(page, 0, *fields, xxhash.xxh3_64_intdigest(page))
 
 
-def extent_checksum(page: memoryview, digest: bytes, block_hash: BlockHash, size_bytes: int) -> int | None:
-    """The payload's checksum if the page is the header of exactly that block, else None."""
+class HeaderState(Enum):
+    """What an extent's header page is."""
+
+    DAMAGED = "damaged"
+    OTHER_BLOCK = "other_block"  # intact, and names another block
+    OWN = "own"
+
+
+def extent_header(page: memoryview, digest: bytes, block_hash: BlockHash, size_bytes: int) -> tuple[HeaderState, int]:
+    """Whether the page is the header of exactly that block, and the payload's checksum if so."""
     magic, version, hash_size, of, found, size, checksum, own = _EXTENT.unpack_from(page)
-    expected = (_EXTENT_MAGIC, VERSION, len(block_hash), digest, block_hash, size_bytes)
-    if (magic, version, hash_size, of, found[: len(block_hash)], size) != expected:
-        return None
     blank = bytearray(page)
     _EXTENT.pack_into(blank, 0, magic, version, hash_size, of, found, size, checksum, 0)
-    return int(checksum) if xxhash.xxh3_64_intdigest(blank) == own else None
+    if (magic, version) != (_EXTENT_MAGIC, VERSION) or xxhash.xxh3_64_intdigest(blank) != own:
+        return HeaderState.DAMAGED, 0
+    if (of, hash_size, found[:hash_size], size) != (digest, len(block_hash), block_hash, size_bytes):
+        return HeaderState.OTHER_BLOCK, 0
+    return HeaderState.OWN, int(checksum)
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentHeader:
-    """A segment file's first page: whose it is, and how it is divided."""
+    """Whose a segment file is, and how it is divided; in its first and in its last page."""
 
     segment_id: int
     digest: bytes
     stride_bytes: int
     extents: int
+    generation: int
+    """Grows when the segment changes hands: of two headers that differ, the later one counts."""
 
     def to_page(self) -> bytes:
         """As on disk."""
-        fields = (_SEGMENT_MAGIC, VERSION, 0, self.segment_id, self.digest, self.stride_bytes, self.extents)
+        fields = (
+            _SEGMENT_MAGIC, VERSION, 0, self.segment_id, self.digest, self.stride_bytes, self.extents, self.generation,
+        )  # fmt: skip
         page = bytearray(PAGE_BYTES)
         _SEGMENT.pack_into(page, 0, *fields, 0)
         _SEGMENT.pack_into(page, 0, *fields, xxhash.xxh3_64_intdigest(page))
@@ -115,41 +135,42 @@ class SegmentHeader:
         """None: it is no intact segment header."""
         if len(page) != PAGE_BYTES:
             return None
-        magic, version, pad, segment_id, digest, stride, extents, own = _SEGMENT.unpack_from(page)
+        *fields, own = _SEGMENT.unpack_from(page)
         blank = bytearray(page)
-        _SEGMENT.pack_into(blank, 0, magic, version, pad, segment_id, digest, stride, extents, 0)
+        _SEGMENT.pack_into(blank, 0, *fields, 0)
+        magic, version, _, segment_id, digest, stride, extents, generation = fields
         if (magic, version) != (_SEGMENT_MAGIC, VERSION) or xxhash.xxh3_64_intdigest(blank) != own:
             return None
-        return cls(segment_id, digest, stride, extents)
+        return cls(segment_id, digest, stride, extents, generation)
 
 
-def pack_pages(records: np.ndarray, first_sequence: int) -> bytes:
-    """Journal pages for the records (dtype RECORD), numbered from `first_sequence`."""
+def pack_pages(records: np.ndarray, *, file_number: int, first_page: int) -> bytes:
+    """Journal pages for the records (dtype RECORD), for that place of that file."""
     pages = bytearray()
     for number, start in enumerate(range(0, len(records), RECORDS_PER_PAGE)):
         chunk = records[start : start + RECORDS_PER_PAGE]
         page = bytearray(PAGE_BYTES)
         page[_PAGE.size : _PAGE.size + chunk.nbytes] = chunk.tobytes()
-        fields = (_PAGE_MAGIC, VERSION, len(chunk), (first_sequence + number) & 0xFFFFFFFF)
+        fields = (_PAGE_MAGIC, VERSION, len(chunk), first_page + number, file_number)
         _PAGE.pack_into(page, 0, *fields, 0)
         _PAGE.pack_into(page, 0, *fields, xxhash.xxh3_64_intdigest(page))
         pages += page
     return bytes(pages)
 
 
-def unpack_pages(data: bytes) -> tuple[np.ndarray, int]:
-    """All records of the intact pages, in order, and how many pages were damaged.
+def unpack_pages(data: bytes, *, file_number: int) -> tuple[np.ndarray, int]:
+    """All records of the intact pages of a whole file, in order, and how many pages were damaged.
 
-    A page of zeros is one that was never written.
+    A page of zeros is one that was never written; one from elsewhere is damage.
     """
     chunks: list[np.ndarray] = []
     damaged = 0
-    for page in _pages(data):
-        magic, version, count, sequence, own = _PAGE.unpack_from(page)
+    for position, page in enumerate(_pages(data)):
+        magic, version, count, sequence, of, own = _PAGE.unpack_from(page)
         blank = bytearray(page)
-        _PAGE.pack_into(blank, 0, magic, version, count, sequence, 0)
+        _PAGE.pack_into(blank, 0, magic, version, count, sequence, of, 0)
         is_intact = (magic, version) == (_PAGE_MAGIC, VERSION) and xxhash.xxh3_64_intdigest(blank) == own
-        if is_intact and count <= RECORDS_PER_PAGE:
+        if is_intact and (sequence, of) == (position, file_number) and count <= RECORDS_PER_PAGE:
             chunks.append(np.frombuffer(page, dtype=RECORD, count=count, offset=_PAGE.size))
         elif page.count(0) != PAGE_BYTES:
             damaged += 1
@@ -176,7 +197,7 @@ def record(
     last_used_s: float = 0.0,
 ) -> tuple[object, ...]:
     """One journal record; make an array of dtype RECORD from a list of these."""
-    short = int.from_bytes(namespace_digest(spec)[:4], "little")
+    short = short_digest(namespace_digest(spec))
     return (
         int(kind), len(block_hash), bool(parent), 0, depth, uses, short, extent, checksum, last_used_s,
         block_hash.ljust(64, b"\0"), parent.ljust(64, b"\0"),

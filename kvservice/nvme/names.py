@@ -12,14 +12,14 @@ from kvservice.blocks import NamespaceKey, NamespaceSpec, Tenant
 from kvservice.nvme.files import Files
 from kvservice.nvme.format import namespace_digest
 
-_FILES = ("namespaces", "namespaces.copy")  # without the names nothing could be found again
+FILES = ("namespaces", "namespaces.copy")  # without the names nothing could be found again
+_FILE_SYSTEM_BLOCK_BYTES = 4096
 
 
 def write_names(files: Files, directory: str, specs: Iterable[NamespaceSpec]) -> None:
     """Replace both copies, durably, one after the other. Blocks. Raises OSError."""
-    text = json.dumps([_to_json(spec) for spec in specs])
-    content = f"{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}\n".encode()
-    for name in _FILES:
+    content = _content(specs)
+    for name in FILES:
         path = os.path.join(directory, name)
         if os.path.exists(f"{path}.tmp"):
             files.remove(f"{path}.tmp")  # of a crash; what is longer in it must not show through
@@ -30,6 +30,16 @@ def write_names(files: Files, directory: str, specs: Iterable[NamespaceSpec]) ->
         finally:
             files.close(descriptor)
         files.rename(f"{path}.tmp", path)
+
+
+def names_bytes(specs: Iterable[NamespaceSpec]) -> int:
+    """What they take on disk while both copies are being replaced."""
+    return (len(FILES) + 1) * -(-len(_content(specs)) // _FILE_SYSTEM_BLOCK_BYTES) * _FILE_SYSTEM_BLOCK_BYTES
+
+
+def _content(specs: Iterable[NamespaceSpec]) -> bytes:
+    text = json.dumps([_to_json(spec) for spec in specs])
+    return f"{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}\n".encode()
 
 
 def _to_json(spec: NamespaceSpec) -> Mapping[str, object]:
@@ -44,8 +54,8 @@ def _to_json(spec: NamespaceSpec) -> Mapping[str, object]:
 
 
 def read_names(directory: str) -> dict[bytes, NamespaceSpec]:
-    """From the first intact copy. Without one: none, and nothing that was stored can be found."""
-    text = next((text for name in _FILES if (text := _intact(os.path.join(directory, name)))), None)
+    """By digest, from the first intact copy. Without one: none, and nothing that was stored can be found. Blocks."""
+    text = next((text for name in FILES if (text := intact(os.path.join(directory, name))) is not None), None)
     if text is None:
         return {}
     specs = [
@@ -61,10 +71,11 @@ def read_names(directory: str) -> dict[bytes, NamespaceSpec]:
     return {namespace_digest(spec): spec for spec in specs}
 
 
-def _intact(path: str) -> bytes | None:
+def intact(path: str) -> bytes | None:
+    """What is in that copy; None: it is damaged or not there."""
     try:
         with open(path, "rb") as file:
-            digest, _, text = file.read().rstrip(b"\n").partition(b"\n")
+            digest, _, text = file.read().partition(b"\n")
     except FileNotFoundError:
         return None
-    return text if xxhash.xxh3_64_hexdigest(text).encode() == digest else None
+    return text if xxhash.xxh3_64_hexdigest(text.rstrip(b"\n")).encode() == digest else None

@@ -1,4 +1,4 @@
-"""What a volume answers."""
+"""What a volume is asked, and what it answers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,39 @@ from enum import Enum
 
 import numpy as np
 
-from kvservice.blocks import NamespaceSpec
+from kvservice.blocks import BlockHash, NamespaceSpec
 
 
 class ReadResult(Enum):
-    """Whether the memory now has the block's bytes."""
+    """Whether the memory now has the block's bytes, and if not, what is wrong with the extent."""
 
     OK = "ok"
-    CORRUPT = "corrupt"
+    ENDS_EARLY = "the file ends before the extent does"
+    HEADER_DAMAGED = "its header is damaged"
+    OTHER_BLOCK = "it has another block"
+    PAYLOAD_DAMAGED = "its bytes do not have their checksum"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """A block to read."""
+
+    extent: int
+    block_hash: BlockHash
+    memory: memoryview
+    """Page-aligned; the block padded to whole pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteJob:
+    """A block to write."""
+
+    extent: int
+    block_hash: BlockHash
+    memory: memoryview
+    """Page-aligned; the block padded to whole pages."""
+    checksum: int
+    """Of the block without its padding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ _PROBE_INTERVAL_S = 5.0
 _SLOW_FACTOR = 100.0
 _SLOW_S_MIN = 2.0
 _SMOOTHING = 0.1
+_VERIFYING_THREADS = 2
+"""Beside those at the device: what they read is verified, and what they write prepared, while it is busy."""
 
 _log = event_log(__name__)
 
@@ -43,11 +45,16 @@ class Disk:
     """One volume, its queue, and how it is doing. The event loop owns it."""
 
     def __init__(self, volume: Volume, *, depth: int, waiting_max: int) -> None:
+        """Args:
+        depth: calls that the device gets side by side.
+        waiting_max: bound on transfers that have not started.
+        """
+        threads = depth + _VERIFYING_THREADS
         self.volume = volume
         self.state = DiskState.RECOVERING
         self.why = ""
-        self._executor = ThreadPoolExecutor(depth, thread_name_prefix="nvme")
-        self.transfers = TransferQueue(self._executor, depth=depth, waiting_max=waiting_max)
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="nvme")
+        self.transfers = TransferQueue(self._executor, depth=threads, waiting_max=waiting_max)
         self._usual_s_per_byte = 0.0
         self._probe_at_s = 0.0
 

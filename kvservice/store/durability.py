@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kvservice.config import Config
-from kvservice.nvme import Volume
+from kvservice.nvme import Files, Volume
 from kvservice.store import recovery
 from kvservice.store.disks import Disk, Disks, DiskState
 from kvservice.store.journal import Journal
@@ -30,8 +30,10 @@ class Durability:
         *,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
+        files: Files,
     ) -> None:
         self._config = config
+        self._files = files
         self._disks = disks
         self._journal = journal
         self._write_behind = write_behind
@@ -46,9 +48,17 @@ class Durability:
         loop = asyncio.get_running_loop()
         for directory in filter(None, self._config.nvme_dirs.split(":")):
             capacity, segment = self._config.nvme_bytes, self._config.nvme_segment_bytes
-            opening = partial(Volume.open, directory, capacity_bytes=capacity, segment_bytes=segment)
+            depth = self._config.nvme_queue_depth
+            opening = partial(
+                Volume.open,
+                directory,
+                capacity_bytes=capacity,
+                segment_bytes=segment,
+                calls_at_once=depth,
+                files=self._files,
+            )
             volume = await loop.run_in_executor(None, opening)
-            disk = Disk(volume, depth=self._config.nvme_queue_depth, waiting_max=self._config.nvme_waiting_max)
+            disk = Disk(volume, depth=depth, waiting_max=self._config.nvme_waiting_max)
             self._disks.disks.append(disk)
 
     async def recover(self) -> None:

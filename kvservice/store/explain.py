@@ -63,7 +63,8 @@ def _finding(namespace: Namespace, block_hash: BlockHash, now_s: float) -> Findi
     row = index.row_of(block_hash)
     if row != NO_ROW and index.state[row] == State.RESIDENT:
         slot = int(index.slot[row])
-        tiers = (Tier.DRAM,) * (slot != NO_SLOT) + (Tier.NVME,) * bool(index.extent[row] != NO_EXTENT)
+        is_durable = bool(index.extent[row] != NO_EXTENT and not index.dirty[row])  # written, flushed and recorded
+        tiers = (Tier.DRAM,) * (slot != NO_SLOT) + (Tier.NVME,) * is_durable
         return Held(
             tiers=tiers,
             depth=int(index.depth[row]),

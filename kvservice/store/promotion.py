@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, BlockHash, DropReason, Rows, Slots
+from kvservice.blocks import NO_ROW, DropReason, Rows, Slots
 from kvservice.errors import Overloaded
 from kvservice.metrics import Metrics
-from kvservice.nvme import ReadResult
+from kvservice.nvme import ReadJob, ReadResult
 from kvservice.store.arrivals import Arrival, Landing
 from kvservice.store.disks import Disk, Disks
 from kvservice.store.namespace import Namespace
@@ -73,7 +73,7 @@ class Promotion:
         index, size_bytes = namespace.index, namespace.spec.block_size_bytes
         disk = self._disks.of(int(index.extent[rows[0]]))
         jobs = [
-            (self._disks.local(extent), index.hash_of(row), namespace.pool.memory(slot, namespace.stride_bytes))
+            ReadJob(self._disks.local(extent), index.hash_of(row), namespace.pool.memory(slot, namespace.stride_bytes))
             for extent, row, slot in zip(index.extent[rows].tolist(), rows.tolist(), slots.tolist(), strict=True)
         ]
         arrival = Arrival(rows.tolist(), asyncio.get_running_loop().create_future())
@@ -109,14 +109,15 @@ class Promotion:
 
         transfer.done.add_done_callback(done)
 
-    def _read(self, disk: Disk, namespace: Namespace, jobs: Sequence[tuple[int, BlockHash, memoryview]]) -> _Read:
-        """In a thread: the blocks of one transfer, one after the other."""
-        landings = []
+    def _read(self, disk: Disk, namespace: Namespace, jobs: Sequence[ReadJob]) -> _Read:
+        """In a thread: the blocks of one transfer."""
         started_s = time.monotonic()
-        for extent, block_hash, memory in jobs:
-            with memory:
-                result = disk.volume.read(extent, namespace.spec, block_hash, memory)
-            landings.append(Landing.OK if result is ReadResult.OK else Landing.CORRUPT)
+        try:
+            results = disk.volume.read(namespace.spec, jobs)
+        finally:
+            for job in jobs:
+                job.memory.release()
+        landings = [Landing.OK if result is ReadResult.OK else Landing.CORRUPT for result in results]
         return _Read(landings, time.monotonic() - started_s)
 
     def _settle(self, namespace: Namespace, arrival: Arrival, slots: Slots, landings: Sequence[Landing]) -> None:

@@ -19,6 +19,7 @@ from kvservice.errors import Draining, NamespaceUnknown
 from kvservice.instances import DrainNotice, HungUp, Identity, Instances, SegmentsChanged
 from kvservice.leases import HoldKind, Leases
 from kvservice.metrics import Metrics
+from kvservice.nvme import Files, RealFiles
 from kvservice.store import invariants
 from kvservice.store.checksummer import Checksummer
 from kvservice.store.disk_space import DiskSpace
@@ -57,10 +58,12 @@ class Store:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        files: Files | None = None,
     ) -> None:
         """Args:
         clock: seconds, for everything that lasts; never goes back.
         wall_clock: seconds since 1970, for what must be understood after a restart.
+        files: what the NVMe tier stands on; None: the operating system's.
         """
         self.config = config
         self.metrics = metrics
@@ -116,7 +119,14 @@ class Store:
             duration_s_max=config.lease_s_max,
         )
         self.durability = Durability(
-            config, self.disks, self.journal, self.write_behind, self._registry, clock=clock, wall_clock=wall_clock
+            config,
+            self.disks,
+            self.journal,
+            self.write_behind,
+            self._registry,
+            clock=clock,
+            wall_clock=wall_clock,
+            files=files or RealFiles(),
         )
         promotion = Promotion(self.disks, metrics, clock=clock)
         self._reading = Reading(config, self._holds, self._space, self.disks, promotion, self.journal, clock=clock)

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,7 @@ from kvservice.errors import CapacityExhausted, Overloaded
 from kvservice.index import State
 from kvservice.logs import event_log
 from kvservice.metrics import Metrics
+from kvservice.nvme import WriteJob
 from kvservice.store.disk_space import DiskSpace
 from kvservice.store.disks import Disk, Disks
 from kvservice.store.journal import Journal
@@ -219,13 +221,14 @@ class WriteBehind:
         """Write side by side, then flush; returns the checksums. Raises OSError, Overloaded."""
         at_once = max(1, _TRANSFER_BYTES // namespace.stride_bytes)
         groups = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
+        epoch = disk.volume.epoch
         transfers = [
             disk.transfers.submit(Priority.WRITE, partial(self._write_group, disk, namespace, group))
             for group in groups
         ]
         try:
             written = await asyncio.gather(*(transfer.done for transfer in transfers))
-            await disk.transfers.submit(Priority.WRITE, disk.volume.flush).done
+            await disk.transfers.submit(Priority.WRITE, partial(disk.volume.flush, epoch)).done
         except OSError as error:
             disk.fail(str(error))
             # Nobody may free the slots or extents while a thread still writes from one to the other.
@@ -236,15 +239,15 @@ class WriteBehind:
     def _write_group(self, disk: Disk, namespace: Namespace, group: Sequence[_Block]) -> list[int]:
         """In a thread."""
         size_bytes = namespace.spec.block_size_bytes
-        checksums = []
-        for block in group:
-            with namespace.pool.memory(block.slot, namespace.stride_bytes) as memory:
+        jobs = []
+        with ExitStack() as stack:
+            for block in group:
+                memory = stack.enter_context(namespace.pool.memory(block.slot, namespace.stride_bytes))
                 known = block.known_checksum
                 checksum = checksum_of(memory[:size_bytes]) if known is None else known
-                local = self._disks.local(block.extent)
-                disk.volume.write(local, namespace.spec, block.block_hash, memory, checksum)
-            checksums.append(checksum)
-        return checksums
+                jobs.append(WriteJob(self._disks.local(block.extent), block.block_hash, memory, checksum))
+            disk.volume.write(namespace.spec, jobs)
+        return [job.checksum for job in jobs]
 
     def _file(self, namespace: Namespace, blocks: Sequence[_Block], checksums: Sequence[int]) -> None:
         """The payloads are durable: the index knows, the journal will."""

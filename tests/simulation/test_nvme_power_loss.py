@@ -17,13 +17,14 @@ import pytest
 import xxhash
 
 from kvservice.blocks import BlockHash, NamespaceSpec
-from kvservice.nvme import ReadResult, RealFiles, RecordKind, Volume, record, records_array
+from kvservice.nvme import ReadJob, ReadResult, RealFiles, RecordKind, Volume, WriteJob, record, records_array
 from kvservice.nvme.files import Buffer
 from tests.stores import chain, spec_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
+CAPACITY_BYTES = 8 * MIB
 BLOCK_BYTES = 4096
 SECTOR_BYTES = 512
 ROUNDS = 30
@@ -149,7 +150,9 @@ class Run:
         self.spec = spec
         self.stored: list[Stored] = []
         self._chance = chance
-        self._volume = Volume.open(str(directory), capacity_bytes=6 * MIB, segment_bytes=MIB // 4, files=self.files)
+        self._volume = Volume.open(
+            str(directory), capacity_bytes=CAPACITY_BYTES, segment_bytes=MIB // 4, files=self.files
+        )
         self._volume.recover()
         self._number = 0
 
@@ -168,12 +171,14 @@ class Run:
         hashes = [BlockHash(chain(f"b{self._number + at}", 1)[0]) for at in range(count)]
         self._number += count
         extents = self._volume.reserve(self.spec, count)
+        epoch = self._volume.epoch
         for block_hash, extent in zip(hashes, extents, strict=True):
             content = content_of(block_hash)
             memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
             memory[:] = content
-            self._volume.write(extent, self.spec, block_hash, memory, xxhash.xxh3_64_intdigest(content))
-        self._volume.flush()
+            job = WriteJob(extent, block_hash, memory, xxhash.xxh3_64_intdigest(content))
+            self._volume.write(self.spec, [job])
+        self._volume.flush(epoch)
         records = [
             record(RecordKind.STORED, self.spec, extent, block_hash=block_hash, last_used_s=1.0)
             for block_hash, extent in zip(hashes, extents, strict=True)
@@ -205,13 +210,13 @@ def test_what_was_acknowledged_survives_and_nothing_has_other_bytes(seed: int, t
         moment = chance.randrange(1, len(events) + 1)
         rebuilt = tmp_path / f"crash-{number}"
         after_power_loss(events[:moment], tmp_path / "run", rebuilt, chance)
-        volume = Volume.open(str(rebuilt), capacity_bytes=6 * MIB, segment_bytes=MIB // 4)
+        volume = Volume.open(str(rebuilt), capacity_bytes=CAPACITY_BYTES, segment_bytes=MIB // 4)
         recovered = volume.recover()
         found: dict[bytes, ReadResult] = {}
         memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         for block_hash, extent in zip(recovered.hashes, recovered.extent.tolist(), strict=True):
             memory[:] = bytes(BLOCK_BYTES)
-            found[block_hash] = volume.read(extent, spec, BlockHash(block_hash), memory)
+            found[block_hash] = volume.read(spec, [ReadJob(extent, BlockHash(block_hash), memory)])[0]
             if found[block_hash] is ReadResult.OK:
                 assert memory == content_of(block_hash), "a block has bytes that are not its own"
         for stored in run.stored:

@@ -11,7 +11,7 @@ import pytest
 
 from kvservice.blocks import BlockHash
 from kvservice.checksums import checksum_of
-from kvservice.nvme import ReadResult, RealFiles, RecordKind, Volume, record, records_array
+from kvservice.nvme import ReadJob, ReadResult, RealFiles, RecordKind, Volume, WriteJob, record, records_array
 from tests.stores import chain, spec_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -47,7 +47,15 @@ def opened(directory: Path, files: RealFiles | None = None, *, capacity_bytes: i
 def write(volume: Volume, extent: int, block_hash: BlockHash) -> None:
     memory = memoryview(mmap.mmap(-1, 4096))
     memory[:] = block_hash.ljust(4096, b"x")
-    volume.write(extent, SPEC, block_hash, memory, checksum_of(memory))
+    volume.write(SPEC, [WriteJob(extent, block_hash, memory, checksum_of(memory))])
+
+
+def read(volume: Volume, extent: int, block_hash: BlockHash) -> ReadResult:
+    memory = memoryview(mmap.mmap(-1, 4096))
+    (result,) = volume.read(SPEC, [ReadJob(extent, block_hash, memory)])
+    if result is ReadResult.OK:
+        assert memory == block_hash.ljust(4096, b"x"), "a block has bytes that are not its own"
+    return result
 
 
 @pytest.mark.parametrize("asked", [1, 127, 128, 200, 1000])
@@ -75,10 +83,10 @@ def test_a_flush_waits_for_one_under_way(tmp_path: Path) -> None:
     write(volume, volume.reserve(SPEC, 1)[0], BlockHash(chain("a", 1)[0]))
     files.begun.clear()
     files.may_end.clear()
-    first = threading.Thread(target=volume.flush)
+    first = threading.Thread(target=volume.flush, args=(volume.epoch,))
     first.start()
     assert files.begun.wait(10)
-    second = threading.Thread(target=volume.flush)
+    second = threading.Thread(target=volume.flush, args=(volume.epoch,))
     second.start()
     second.join(0.2)
     assert second.is_alive(), "it returned while the block was still being flushed"
@@ -88,16 +96,26 @@ def test_a_flush_waits_for_one_under_way(tmp_path: Path) -> None:
     volume.close()
 
 
-def test_a_failed_flush_is_tried_again_by_the_next(tmp_path: Path) -> None:
+def test_a_failed_flush_gives_up_what_was_written_before_and_is_never_made_good(tmp_path: Path) -> None:
     files = SlowFiles()
     volume = opened(tmp_path, files)
-    write(volume, volume.reserve(SPEC, 1)[0], BlockHash(chain("a", 1)[0]))
+    extent, block_hash = volume.reserve(SPEC, 1)[0], BlockHash(chain("a", 1)[0])
+    before = volume.epoch
+    write(volume, extent, block_hash)
     files.is_failing = True
     with pytest.raises(OSError, match="the test says so"):
-        volume.flush()
-    files.is_failing, files.flushed = False, 0
-    volume.flush()
-    assert files.flushed == 1
+        volume.flush(before)
+    files.is_failing = False
+    with pytest.raises(OSError, match="a flush failed"):
+        volume.flush(before)
+    with pytest.raises(OSError, match="a flush failed"):
+        write(volume, extent, block_hash)
+    volume.probe()
+    with pytest.raises(OSError, match="given up"):
+        volume.flush(before)
+    after = volume.epoch
+    write(volume, extent, block_hash)
+    volume.flush(after)
     volume.close()
 
 
@@ -108,7 +126,7 @@ def test_one_damaged_copy_of_the_names_loses_nothing(tmp_path: Path, name: str) 
     hashes = [BlockHash(block_hash) for block_hash in chain("a", 20)]
     for extent, block_hash in zip(extents, hashes, strict=True):
         write(volume, extent, block_hash)
-    volume.flush()
+    volume.flush(volume.epoch)
     pairs = zip(extents, hashes, strict=True)
     volume.append(records_array([record(RecordKind.STORED, SPEC, *pair[:1], block_hash=pair[1]) for pair in pairs]))
     volume.close()
@@ -117,8 +135,7 @@ def test_one_damaged_copy_of_the_names_loses_nothing(tmp_path: Path, name: str) 
     (tmp_path / name).write_bytes(content)
     volume = Volume.open(str(tmp_path), capacity_bytes=64 * MIB, segment_bytes=MIB)
     assert len(volume.recover().hashes) == 20
-    memory = memoryview(mmap.mmap(-1, 4096))
-    assert volume.read(extents[7], SPEC, hashes[7], memory) is ReadResult.OK
+    assert read(volume, extents[7], hashes[7]) is ReadResult.OK
     volume.close()
 
 
