@@ -161,7 +161,7 @@ class Moves:
         return self.save(repetition % _CHAINS)
 
     def get(self, chain: int) -> dict[str, float]:
-        """Seconds until the first and until the last block of a chain on NVMe was handed out. Every byte is compared."""
+        """Seconds until the first and the last block of a chain on NVMe were handed out. Every byte is compared."""
         hashes = self._chains[chain]
         if self._client.lookup(hashes).dram_blocks:
             raise RuntimeError("the chain is in DRAM")

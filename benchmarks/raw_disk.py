@@ -1,4 +1,4 @@
-"""raw_disk: the fastest plain reads and writes of a directory: O_DIRECT, preadv and pwritev, a few threads, no service."""
+"""raw_disk: plain reads and writes as fast as they go: O_DIRECT, preadv and pwritev, a few threads, no service."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def read_whole(files: Files, descriptor: int, buffers: Sequence[memoryview], off
     done = 0
     for _ in range(_READ_ATTEMPTS):
         count = files.read(descriptor, after(buffers, done), offset + done)
-        if count == 0 or done + count == wanted:
+        if done + count == wanted or offset + done + count >= files.size_bytes(descriptor):
             return done + count
         done += count - count % PAGE_BYTES
     raise OSError(errno.EIO, f"{_READ_ATTEMPTS} reads in a row were short")

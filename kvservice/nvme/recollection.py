@@ -13,7 +13,7 @@ from kvservice.nvme.directory import segment_ids, segment_path
 from kvservice.nvme.files import Files
 from kvservice.nvme.format import PAGE_BYTES, RecordKind, SegmentHeader, leading_bytes, short_digest
 from kvservice.nvme.results import Recovered
-from kvservice.nvme.segments import Segment, place_of, segment_of
+from kvservice.nvme.segments import Segment, file_bytes, place_of, segment_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def find_segments(directory: str, files: Files) -> list[Segment]:
     for segment_id in segment_ids(directory):
         descriptor = files.open(segment_path(directory, segment_id), direct=True, create=False)
         try:
-            size_bytes = files.size_bytes(descriptor)
+            size_bytes = files.size_bytes(descriptor) // PAGE_BYTES * PAGE_BYTES
             headers = [
                 header
                 for offset in (0, size_bytes - PAGE_BYTES)
@@ -44,7 +44,9 @@ def find_segments(directory: str, files: Files) -> list[Segment]:
             files.close(descriptor)
         blank = SegmentHeader(segment_id, b"", PAGE_BYTES, 0, 0)
         header = max(headers, key=lambda header: header.generation, default=blank)
-        found.append(Segment(header, size_bytes, is_ready=len(headers) == 2 and headers[0] == headers[1]))
+        # A file that was cut short is made as long again before it is written to.
+        size_bytes = max(size_bytes, file_bytes(header.stride_bytes, header.extents))
+        found.append(Segment(header, size_bytes, is_ready=headers == [header, header]))
     return found
 
 

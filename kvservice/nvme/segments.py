@@ -61,6 +61,11 @@ def extents_in(size_bytes: int, stride_bytes: int) -> int:
     return min(_PLACE_MASK + 1, max(0, size_bytes - _HEADER_PAGES * PAGE_BYTES) // stride_bytes)
 
 
+def file_bytes(stride_bytes: int, extents: int) -> int:
+    """The size of a file with so many extents."""
+    return _HEADER_PAGES * PAGE_BYTES + extents * stride_bytes
+
+
 class Segments:
     """All segments of a volume."""
 
@@ -182,13 +187,13 @@ class Segments:
 
     def _grow(self, digest: bytes, stride_bytes: int) -> bool:
         """Add a segment for the namespace; whether the bound has room for one."""
-        smallest = _HEADER_PAGES * PAGE_BYTES + stride_bytes
-        size_bytes = min(max(self._segment_bytes, smallest), self._data_bytes - self._taken_bytes)
+        wanted_bytes = max(self._segment_bytes, file_bytes(stride_bytes, 1))
+        size_bytes = min(wanted_bytes, self._data_bytes - self._taken_bytes)
         extents = extents_in(size_bytes, stride_bytes)
         if not extents:
             return False
         number = max(self._segments, default=0) + 1
-        size_bytes = _HEADER_PAGES * PAGE_BYTES + extents * stride_bytes
+        size_bytes = file_bytes(stride_bytes, extents)
         header = SegmentHeader(number, digest, stride_bytes, extents, 1)
         self._add(Segment(header, size_bytes, is_ready=False, free=list(range(extents))))
         return True

@@ -35,7 +35,7 @@ from kvservice.tiers import TierUsage
 
 _JOURNAL_SHARE = 16
 _JOURNAL_BYTES_MIN = 4 * 1024 * 1024
-_CAPACITY_BYTES_MIN = 2 * _JOURNAL_BYTES_MIN
+_CAPACITY_BYTES_MIN = _JOURNAL_BYTES_MIN + 64 * 1024
 _RECORD_BYTES_ON_DISK = 179  # page overhead included
 
 

@@ -31,7 +31,7 @@ from kvservice.store.disk_space import DiskSpace
 from kvservice.store.disks import Disk, Disks
 from kvservice.store.journal import Journal
 from kvservice.store.namespace import Namespace
-from kvservice.transfers import Priority
+from kvservice.transfers import Priority, Transfer
 
 _BATCH_BYTES = 256 * 1024 * 1024
 _TRANSFER_BYTES = 16 * 1024 * 1024
@@ -152,13 +152,14 @@ class WriteBehind:
                 continue
 
     def _take_batch(self) -> list[tuple[Namespace, Rows]]:
-        batch: list[tuple[Namespace, Rows]] = []
+        """The oldest rows by namespace: however many Commits they came in, they are flushed and recorded together."""
+        batch: dict[int, tuple[Namespace, list[Rows]]] = {}
         size_bytes = 0
         while self._queue and size_bytes < _BATCH_BYTES:
             _, namespace, rows = self._queue.popleft()
-            batch.append((namespace, rows))
+            batch.setdefault(id(namespace), (namespace, []))[1].append(rows)
             size_bytes += len(rows) * namespace.stride_bytes
-        return batch
+        return [(namespace, np.concatenate(parts)) for namespace, parts in batch.values()]
 
     async def _write(self, namespace: Namespace, rows: Rows) -> None:
         index = namespace.index
@@ -222,18 +223,19 @@ class WriteBehind:
         at_once = max(1, _TRANSFER_BYTES // namespace.stride_bytes)
         groups = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
         epoch = disk.volume.epoch
-        transfers = [
-            disk.transfers.submit(Priority.WRITE, partial(self._write_group, disk, namespace, group))
-            for group in groups
-        ]
+        transfers: list[Transfer[list[int]]] = []
         try:
+            for group in groups:
+                write = partial(self._write_group, disk, namespace, group)
+                transfers.append(disk.transfers.submit(Priority.WRITE, write))
             written = await asyncio.gather(*(transfer.done for transfer in transfers))
             await disk.transfers.submit(Priority.WRITE, partial(disk.volume.flush, epoch)).done
         except OSError as error:
             disk.fail(str(error))
+            raise
+        finally:
             # Nobody may free the slots or extents while a thread still writes from one to the other.
             await asyncio.gather(*(transfer.done for transfer in transfers), return_exceptions=True)
-            raise
         return [checksum for group in written for checksum in group]
 
     def _write_group(self, disk: Disk, namespace: Namespace, group: Sequence[_Block]) -> list[int]:

@@ -19,8 +19,8 @@ from tests.stores import BLOCK_BYTES, PAGE_BYTES, chain, spec_of
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 EXTENT_BYTES = extent_stride_bytes(BLOCK_BYTES)
-SEGMENT_EXTENTS = (MIB - 4096) // EXTENT_BYTES
-SEGMENT_BYTES = 4096 + SEGMENT_EXTENTS * EXTENT_BYTES
+SEGMENT_EXTENTS = (MIB - 2 * 4096) // EXTENT_BYTES
+SEGMENT_BYTES = 2 * 4096 + SEGMENT_EXTENTS * EXTENT_BYTES
 JOURNAL_BYTES = 4 * MIB
 
 
