@@ -1,7 +1,8 @@
 """Makes the checksums of committed blocks off the critical path.
 
 Commit only queues; one background task hashes small batches in threads of low priority, holding
-the slots meanwhile. Who moves bytes out of DRAM before that makes the checksum itself.
+the slots meanwhile. Who moves bytes out of DRAM before that makes the checksum itself; while
+write-behind does so, this waits, so that no block is hashed twice.
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ _NICENESS = 10
 class Checksummer:
     """The queue of blocks without a checksum, and the task that works it off."""
 
-    def __init__(self, metrics: Metrics, *, threads: int) -> None:
+    def __init__(self, metrics: Metrics, *, threads: int, may_work: asyncio.Event | None = None) -> None:
+        """Args:
+        may_work: cleared while somebody else makes checksums; None: nobody does.
+        """
         self._metrics = metrics
+        self._may_work = may_work or asyncio.Event()
+        if may_work is None:
+            self._may_work.set()
         self._queue: deque[tuple[Namespace, Slots]] = deque()
         self._wake = asyncio.Event()
         self._at_work_on: Namespace | None = None
@@ -68,6 +75,7 @@ class Checksummer:
             await self._wake.wait()
             self._wake.clear()
             while self._queue:
+                await self._may_work.wait()
                 namespace, slots = self._queue.popleft()
                 slots = _still_waiting(namespace, slots)
                 if len(slots):

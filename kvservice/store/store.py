@@ -90,7 +90,7 @@ class Store:
         self.arena = Arena(
             capacity_bytes=config.dram_bytes, huge_pages=config.dram_huge_pages, numa_node=config.dram_numa_node
         )
-        self.checksummer = Checksummer(metrics, threads=config.checksum_threads)
+        self.checksummer = Checksummer(metrics, threads=config.checksum_threads, may_work=self.write_behind.pausing)
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="memory")
         self._space = Space(
             self.arena,

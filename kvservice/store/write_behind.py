@@ -64,7 +64,9 @@ class WriteBehind:
         self._queue: deque[tuple[float, Namespace, Rows]] = deque()
         self._wake = asyncio.Event()
         self._is_hurried = False
-        self._is_writing = False
+        self.pausing = asyncio.Event()
+        """Set while no batch is being written."""
+        self.pausing.set()
         self._progress = asyncio.Condition()
 
     @property
@@ -75,7 +77,7 @@ class WriteBehind:
     @property
     def is_busy(self) -> bool:
         """Whether a batch is being written."""
-        return self._is_writing
+        return not self.pausing.is_set()
 
     def submit(self, namespace: Namespace, rows: Rows) -> None:
         """These rows were committed. Never blocks."""
@@ -101,12 +103,12 @@ class WriteBehind:
     async def write_batch(self) -> None:
         """Make the oldest batch durable, or give it up. Wakes those who wait for progress."""
         batch = self._take_batch()
-        self._is_writing = True
+        self.pausing.clear()
         try:
             for namespace, rows in batch:
                 await self._write(namespace, rows)
         finally:
-            self._is_writing = False
+            self.pausing.set()
         async with self._progress:
             self._progress.notify_all()
 
