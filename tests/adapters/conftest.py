@@ -16,10 +16,13 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.vllm_server import VENV, is_installed
 from kvservice.demo.model import ModelShape, write_model
-from tests.adapters.vllm_engine import VENV, VllmEngine
+from tests.adapters.vllm_engine import VllmEngine
+from tests.adapters.vllm_scenes import wait_attached
 from tests.daemons import MIB, DaemonProcess
 
 TINY = ModelShape(
@@ -36,6 +39,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama on disk."""
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """Another model of the same shape, configuration and file sizes."""
+    folder = tmp_path_factory.mktemp("other-model")
+    write_model(folder, TINY)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 1.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert weights.stat().st_size == (model_dir / "model.safetensors").stat().st_size
     return folder
 
 
@@ -94,7 +110,7 @@ def daemon(absent_daemon: DaemonProcess) -> DaemonProcess:
 @pytest.fixture(scope="session")
 def vllm_installed() -> None:
     """Skips where vLLM's environment is missing; fails instead in CI, as `require_tool` does."""
-    if (VENV / ".installed").exists():
+    if is_installed():
         return
     reason = f"no vLLM in {VENV}: make vllm-environment"
     if os.environ.get("REQUIRE_TEST_TOOLS") == "1":
@@ -112,5 +128,31 @@ def vllm_process(vllm_installed: None) -> Iterator[VllmEngine]:
 @pytest.fixture
 def vllm(vllm_process: VllmEngine) -> Iterator[VllmEngine]:
     """Open engines in it; what is left open is closed after the test."""
+    vllm_process.close()
     yield vllm_process
-    vllm_process.do("close")
+    vllm_process.close()
+
+
+@pytest.fixture(scope="session")
+def served_daemon() -> Iterator[DaemonProcess]:
+    """Of the engine that tests share; they may kill and restart it."""
+    with tempfile.TemporaryDirectory(prefix="kvs-") as folder, DaemonProcess(Path(folder) / "s", **KNOBS) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def served(vllm_process: VllmEngine, model_dir: Path, served_daemon: DaemonProcess) -> Iterator[VllmEngine]:
+    """An attached engine that many tests share, because opening one takes seconds: each takes prompts of its own."""
+    if vllm_process.opened is not served_daemon:
+        vllm_process.close()
+        options = {"load_timeout_s": 1.0, "save_timeout_s": 1.0}
+        vllm_process.open_attached(model_dir, served_daemon, scheduling_policy="priority", options=options)
+        vllm_process.opened = served_daemon
+    yield vllm_process
+    vllm_process.do("heal")
+    if not served_daemon.is_running:
+        served_daemon.restart()
+    served_daemon.resume()
+    wait_attached(vllm_process)
+    vllm_process.do("settle")
+    vllm_process.do("drop_cache")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -12,14 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.daemons import environment
+from benchmarks.vllm_server import VENV, transfer_config, vllm_environment
+from tests.daemons import DaemonProcess
 
-_ROOT = Path(__file__).parents[2]
 _PROGRAM = Path(__file__).parent / "programs" / "vllm_engine.py"
-_ANSWER_S = 120.0
-
-VENV = _ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")
-"""Made by scripts/install_vllm.sh."""
+_ANSWER_S = 60.0
 
 TOKENS_PER_BLOCK = 32
 """The smallest block of vLLM's CPU backend."""
@@ -33,22 +29,6 @@ class EngineFailed(Exception):
         self.kind = kind
 
 
-def engine_environment(**changes: str) -> dict[str, str]:
-    """For a vLLM that stays on this machine, with this tree's client and adapters."""
-    paths = [str(_ROOT / "client"), str(_ROOT / "engine_adapters")]
-    return environment(
-        PYTHONPATH=os.pathsep.join(paths),
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        # Threads that spin while they wait take the cores from the daemon.
-        OMP_WAIT_POLICY="PASSIVE",
-        **changes,
-    )
-
-
 class VllmEngine:
     """A process with one engine at a time. A context manager that leaves no process behind."""
 
@@ -59,8 +39,10 @@ class VllmEngine:
             stdout=subprocess.PIPE,
             stderr=sys.stderr,
             text=True,
-            env=engine_environment() | environ,
+            env=vllm_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0") | environ,
         )
+        self.opened: object = None
+        """What engine is open, for those who share one."""
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +89,11 @@ class VllmEngine:
         self.start(command, **arguments)
         return self.answer()
 
+    def close(self) -> None:
+        """End the engine, if one is open."""
+        self.opened = None
+        self.do("close")
+
     def open(self, model: Path, **arguments: Any) -> None:
         """Start an engine on that model. Raises EngineFailed."""
         settings = {
@@ -118,6 +105,13 @@ class VllmEngine:
             "block_size": TOKENS_PER_BLOCK,
         }
         self.do("open", **settings | arguments)
+
+    def open_attached(self, model: Path, daemon: DaemonProcess | None, **arguments: Any) -> None:
+        """Start an engine with the adapter on that daemon, or without; "options" are the adapter's."""
+        options: dict[str, Any] = arguments.pop("options", {})
+        if daemon is not None:
+            arguments["kv_transfer_config"] = transfer_config(socket_dir=daemon.socket_dir, **options)
+        self.open(model, **arguments)
 
     def generate(self, *prompts: Sequence[int], **arguments: Any) -> list[dict[str, Any]]:
         """Greedy tokens of the prompts, in their order."""

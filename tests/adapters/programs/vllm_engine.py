@@ -9,16 +9,40 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
+import time
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 # What engine and worker print goes where a test shows it; the answers do not mix with it.
 _answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
 
+import grpc  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+
+from kvservice_adapters.vllm.counters import Counters  # noqa: E402
+
+_SETTLE_S = 20.0
+
+
+class Refusal(grpc.RpcError):
+    """What a call raises when nobody answers."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "injected by the test"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
 
 
 class Engine:
@@ -26,7 +50,11 @@ class Engine:
 
     def __init__(self) -> None:
         self._llm: LLM | None = None
-        self._scheduled: dict[str, int] = {}
+        self._scheduled: Counter[str] = Counter()
+        self._preempted = 0
+        self._counts: Counter[str] = Counter()
+        self._faults: list[tuple[Any, str, Any]] = []
+        self._count()
 
     # -------------------------------------------------------------------- life
 
@@ -34,12 +62,15 @@ class Engine:
         """Start an engine; the one before it must be closed."""
         assert self._llm is None, "one engine at a time"
         self._llm = LLM(**arguments)
-        self._scheduled = {}
+        self._scheduled.clear()
+        self._counts.clear()
+        self._preempted = 0
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
             self._watch_scheduler()
 
     def close(self) -> None:
         """End the engine, as a restart would."""
+        self.heal()
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
@@ -48,17 +79,25 @@ class Engine:
 
     # ---------------------------------------------------------------- requests
 
-    def generate(self, prompts: list[list[int]], tokens: int = 24, **request: Any) -> list[dict[str, Any]]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        tokens: int = 24,
+        cache_salt: str = "",
+        lora: str = "",
+        priorities: list[int] | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
         """Greedy tokens of each prompt, all at once."""
-        return self._outputs(prompts, tokens, request)
-
-    def _outputs(self, prompts: list[list[int]], tokens: int, request: dict[str, Any]) -> list[dict[str, Any]]:
         assert self._llm is not None
         self._scheduled.clear()
-        salt = {"cache_salt": request["cache_salt"]} if "cache_salt" in request else {}
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        salt = {"cache_salt": cache_salt} if cache_salt else {}
         outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt, **salt} for prompt in prompts], params, use_tqdm=False
+            [{"prompt_token_ids": prompt, **salt} for prompt in prompts],
+            self._sampling(tokens, params),
+            use_tqdm=False,
+            lora_request=LoRARequest("lora", 1, lora) if lora else None,
+            priority=priorities,
         )
         return [
             {
@@ -71,28 +110,172 @@ class Engine:
             for output in outputs
         ]
 
+    def abort(self, prompt: list[int], steps: int) -> None:
+        """Begin a request and abort it after some steps of the engine."""
+        engine = self._engine()
+        engine.add_request("aborted", {"prompt_token_ids": prompt}, self._sampling(200, None))
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(["aborted"])
+
+    def drop_cache(self) -> None:
+        """The engine forgets what it computed, as in a restart; the store does not."""
+        assert self._llm is not None
+        assert self._llm.reset_prefix_cache()
+        self._counts.clear()
+
+    def settle(self) -> None:
+        """Wait until every save is over and the engine has got every block back."""
+        ends_at_s = time.monotonic() + _SETTLE_S
+        saves = self._worker()._saves
+        while saves._queue or any(chain.waiting for chain in list(saves._chains.values())):
+            assert time.monotonic() < ends_at_s, "saves do not end"
+            time.sleep(0.005)
+        while self._scheduler().has_requests():
+            assert time.monotonic() < ends_at_s, "requests do not end"
+            self._engine().step()
+
+    # ------------------------------------------------------------------ faults
+
+    def fail(self, rpc: str) -> None:
+        """From now on nobody answers that call, of either half."""
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise Refusal
+
+        for client in (self._worker()._client, *self._connector()._scheduler._clients):
+            self._replace(client._attachment.link().stub, rpc, refuse)
+
+    def signal_in(self, where: str, process_id: int, number: int = signal.SIGKILL) -> None:
+        """Signal a process when the next copy of a load ("write") or of a save ("read") begins, or its Get ("get")."""
+        owner = self._worker()._client if where == "get" else self._worker()._loads._memory
+        original: Callable[..., Any] = getattr(owner, where)
+
+        def signalling(*args: Any, **kwargs: Any) -> Any:
+            self.heal()
+            os.kill(process_id, number)
+            return original(*args, **kwargs)
+
+        self._replace(owner, where, signalling)
+
+    def break_hook(self, hook: str) -> None:
+        """That method of the scheduler's or the worker's half raises from now on."""
+
+        def breaking(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(f"{hook} is broken by the test")
+
+        for half in (self._worker(), self._connector()._scheduler):
+            if hasattr(half, hook):
+                self._replace(half, hook, breaking)
+
+    def zero_loads(self) -> None:
+        """What is loaded is zeros from now on."""
+        memory = self._worker()._loads._memory
+        write = memory.write
+
+        def zeroing(block_ids: Any, addresses: Any) -> None:
+            write(block_ids, addresses)
+            for region in memory.layout.regions:
+                region.tensor[list(block_ids)] = 0
+
+        self._replace(memory, "write", zeroing)
+
+    def heal(self) -> None:
+        """End every fault."""
+        while self._faults:
+            owner, name, original = self._faults.pop()
+            setattr(owner, name, original)
+
+    def _replace(self, owner: Any, name: str, by: Any) -> None:
+        self._faults.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, by)
+
     # ----------------------------------------------------------------- looking
+
+    def counts(self) -> dict[str, float]:
+        """What the adapter counted since the engine was opened."""
+        return dict(self._counts)
+
+    def preempted(self) -> int:
+        """Preemptions since the engine was opened."""
+        return self._preempted
+
+    def free_blocks(self) -> int:
+        """The engine's blocks that nobody holds."""
+        return int(self._scheduler().kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def status(self) -> list[str]:
+        """How worker and scheduler stand with the daemon."""
+        clients = (self._worker()._client, *self._connector()._scheduler._clients)
+        return [client.status.value for client in clients]
+
+    def namespace(self) -> dict[str, Any]:
+        """The worker's."""
+        namespace = self._worker().namespace
+        return {
+            "fingerprint": namespace.fingerprint.hex(),
+            "label": namespace.label,
+            "block_size_bytes": namespace.block_size_bytes,
+        }
+
+    def sessions(self) -> int:
+        """Conversations that the daemon knows of this engine's namespace."""
+        client = self._worker()._client
+        return sum(of.sessions for of in client.stats().namespaces if of.fingerprint == client.namespace.fingerprint)
+
+    def waiting_order(self, prompts: list[list[int]], priorities: list[int]) -> list[str]:
+        """Add requests without running them; their ids in the order of the adapter's view. Aborts them again."""
+        engine = self._engine()
+        for position, (prompt, priority) in enumerate(zip(prompts, priorities, strict=True)):
+            engine.add_request(f"w{position}", {"prompt_token_ids": prompt}, self._sampling(4, None), priority=priority)
+        order = [tracked.request_id.split("-")[0] for tracked in self._connector()._scheduler.requests.in_order()]
+        engine.abort_request([f"w{position}" for position in range(len(prompts))])
+        return order
+
+    # --------------------------------------------------------------- privately
+
+    def _sampling(self, tokens: int, params: dict[str, Any] | None) -> SamplingParams:
+        extra = {"kv_transfer_params": params} if params else None
+        return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+
+    def _engine(self) -> Any:
+        assert self._llm is not None
+        return self._llm.llm_engine
+
+    def _scheduler(self) -> Any:
+        return self._engine().engine_core.engine_core.scheduler
+
+    def _connector(self) -> Any:
+        return self._scheduler().connector
+
+    def _worker(self) -> Any:
+        return get_kv_transfer_group()._worker
 
     def _computed(self, request_id: str) -> int:
         # The engine's own ids carry a suffix.
         return sum(count for name, count in self._scheduled.items() if name.split("-")[0] == request_id)
 
     def _watch_scheduler(self) -> None:
-        assert self._llm is not None
         scheduler = self._scheduler()
         schedule = scheduler.schedule
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            for name, count in output.num_scheduled_tokens.items():
-                self._scheduled[name] = self._scheduled.get(name, 0) + count
+            self._scheduled.update(output.num_scheduled_tokens)
+            self._preempted += len(output.preempted_req_ids or ())
             return output
 
         scheduler.schedule = counting
 
-    def _scheduler(self) -> Any:
-        assert self._llm is not None
-        return self._llm.llm_engine.engine_core.engine_core.scheduler
+    def _count(self) -> None:
+        add = Counters.add
+
+        def counting(counters: Counters, name: str, amount: float = 1, *, reason: str = "") -> None:
+            if amount:
+                self._counts[f"{name}:{reason}" if reason else name] += amount  # type: ignore[assignment]
+            add(counters, name, amount, reason=reason)
+
+        Counters.add = counting  # type: ignore[assignment,method-assign]
 
 
 def main() -> None:

@@ -1,0 +1,169 @@
+"""lookups: asks the daemon what it holds, in a thread, so that the engine's scheduler never waits for an answer."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import kvservice_client as kv
+from kvservice_adapters.vllm.counters import Counters
+
+_log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 1.0
+_PROMOTION_POLL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The answer to a lookup.
+
+    Attributes:
+        blocks: leading blocks that every rank holds, in any tier.
+        ready_blocks: of these, how many lead in DRAM on every rank.
+        asked_blocks: length of the chain that was asked for.
+        at_s: when it was given, on the monotonic clock.
+    """
+
+    blocks: int
+    ready_blocks: int
+    asked_blocks: int
+    at_s: float
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is on its way from a slower tier."""
+        return self.ready_blocks >= self.blocks
+
+
+@dataclass(slots=True)
+class _Question:
+    request_id: str
+    session_id: str
+    hashes: Sequence[bytes]
+    ends_at_s: float
+    has_prefetched: bool = False
+    is_settled: bool = False
+    answer: Held | None = None
+
+
+class Lookups:
+    """One question per request at a time. `ask`, `answer` and `forget` return at once, on any thread.
+
+    Blocks that are held on NVMe only are prefetched, and asked for again until they are in DRAM or the time is over.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[kv.Client],
+        counters: Counters,
+        *,
+        promotion_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clients = clients
+        self._counters = counters
+        self._promotion_wait_s = promotion_wait_s
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._questions: dict[str, _Question] = {}
+        self._due: list[tuple[float, int, _Question]] = []
+        self._order = itertools.count()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kvservice-lookups", daemon=True)
+        self._thread.start()
+
+    def ask(self, request_id: str, session_id: str, hashes: Sequence[bytes]) -> None:
+        """Find out in the background; an answer that is there already stays until the new one comes."""
+        now_s = self._clock()
+        with self._changed:
+            before = self._questions.get(request_id)
+            question = _Question(
+                request_id, session_id, hashes, now_s + self._promotion_wait_s, answer=before.answer if before else None
+            )
+            self._questions[request_id] = question
+            heapq.heappush(self._due, (now_s, next(self._order), question))
+            self._changed.notify_all()
+
+    def answer(self, request_id: str) -> Held | None:
+        """The latest answer; None: there is none yet."""
+        question = self._questions.get(request_id)
+        return None if question is None else question.answer
+
+    def is_pending(self, request_id: str) -> bool:
+        """Whether a better answer is on its way."""
+        question = self._questions.get(request_id)
+        return question is not None and not question.is_settled
+
+    def forget(self, request_id: str) -> None:
+        """Nobody wants to know any more."""
+        with self._changed:
+            self._questions.pop(request_id, None)
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        while True:
+            question = self._next()
+            if question is None:
+                return
+            try:
+                self._find_out(question)
+            except Exception as error:  # noqa: BLE001  # the thread must outlive whatever one lookup met: it is a miss
+                _log.exception("a lookup failed in an unexpected way")
+                self._counters.add("hook_errors", reason=type(error).__name__)
+                question.answer, question.is_settled = Held(0, 0, len(question.hashes), self._clock()), True
+
+    def _next(self) -> _Question | None:
+        with self._changed:
+            while not self._stopping:
+                if self._due:
+                    wait_s = self._due[0][0] - self._clock()
+                    if wait_s <= 0:
+                        question = heapq.heappop(self._due)[2]
+                        if self._questions.get(question.request_id) is question:
+                            return question
+                        continue
+                    self._changed.wait(wait_s)
+                else:
+                    self._changed.wait()
+            return None
+
+    def _find_out(self, question: _Question) -> None:
+        blocks = ready = len(question.hashes)
+        for client in self._clients:
+            found = client.lookup(question.hashes[:blocks], deadline_s=_CALL_TIMEOUT_S)
+            blocks, ready = min(blocks, found.blocks), min(ready, found.dram_blocks)
+            if blocks == 0:
+                break
+        ready = min(ready, blocks)
+        now_s = self._clock()
+        if ready < blocks and now_s < question.ends_at_s:
+            self._promote(question, blocks, now_s)
+            question.answer = Held(blocks, ready, len(question.hashes), now_s)
+            return
+        # What has not come by now is recomputed rather than waited for.
+        question.answer, question.is_settled = Held(ready, ready, len(question.hashes), now_s), True
+
+    def _promote(self, question: _Question, blocks: int, now_s: float) -> None:
+        if not question.has_prefetched:
+            question.has_prefetched = True
+            self._counters.add("prefetches")
+            for client in self._clients:
+                client.prefetch(
+                    question.hashes[:blocks], session_id=question.session_id, request_id=question.request_id
+                )
+        with self._changed:
+            if not self._stopping:
+                heapq.heappush(self._due, (now_s + _PROMOTION_POLL_S, next(self._order), question))

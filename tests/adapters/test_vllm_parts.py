@@ -1,0 +1,264 @@
+"""The vLLM adapter's parts that need no vLLM: options, the view of the queue, lookups, saves that must not read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import kvservice_client as kv
+from kvservice_adapters.vllm.counters import Counters
+from kvservice_adapters.vllm.layout import Fence, HostBlocks, layout_of
+from kvservice_adapters.vllm.lookups import Held, Lookups
+from kvservice_adapters.vllm.options import AdapterOptions
+from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
+from kvservice_adapters.vllm.transfers import Loads, Saves
+from kvservice_adapters.vllm.waiting import TrackedRequest, WaitingRequests, tags_of
+from kvservice_client.memory import ThreadedCopier
+from tests.blocks import chain
+from tests.daemons import DaemonThread
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.integration
+
+ENGINE_BLOCKS = 64
+BLOCK_BYTES = 1024
+
+
+# --------------------------------------------------------------------- options
+
+
+def test_options_have_names_types_and_bounds() -> None:
+    options = AdapterOptions.from_extra_config({"salt": "x", "load_timeout_s": 3, "copy_threads": 4})
+    assert (options.salt, options.load_timeout_s, options.copy_threads) == ("x", 3.0, 4)
+    for wrong in ({"slat": "x"}, {"salt": 3}, {"load_timeout_s": -1.0}, {"copy_threads": 0}, {"copy_threads": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            AdapterOptions.from_extra_config(wrong)
+
+
+# ------------------------------------------------------------------- the queue
+
+
+def request(name: str, *, status: str = "WAITING", priority: int = 0, at_s: float = 0.0, preemptions: int = 0) -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        status=SimpleNamespace(name=status),
+        is_finished=lambda: False,
+        priority=priority,
+        arrival_time=at_s,
+        num_preemptions=preemptions,
+        session_id=None,
+        kv_transfer_params=None,
+    )
+
+
+@pytest.mark.parametrize(("by_priority", "order"), [(False, ["p", "a", "b"]), (True, ["b", "p", "a"])])
+def test_waiting_requests_are_in_the_order_in_which_they_will_run(by_priority: bool, order: list[str]) -> None:
+    waiting = WaitingRequests(by_priority=by_priority)
+    for one in (
+        request("a", at_s=1.0, priority=5),
+        request("running", status="RUNNING"),
+        request("b", at_s=3.0, priority=1),
+        request("p", status="PREEMPTED", at_s=2.0, priority=2, preemptions=1),
+    ):
+        waiting.add(TrackedRequest(one, "", {}))
+    assert [tracked.request_id for tracked in waiting.in_order()] == order
+    assert waiting.pop("a") is not None
+    assert waiting.pop("a") is None
+    assert len(waiting) == 3
+
+
+def test_the_session_is_what_the_client_says() -> None:
+    one = request("a")
+    assert tags_of(one) == ("", {})
+    one.kv_transfer_params = {"session_id": "from params"}
+    assert tags_of(one) == ("from params", one.kv_transfer_params)
+    one.session_id = "from the API"
+    assert tags_of(one)[0] == "from the API"
+    one.session_id = "x" * 500
+    long = tags_of(one)[0]
+    one.session_id = "x" * 501
+    assert len(long) <= 200
+    assert tags_of(one)[0] != long
+
+
+# --------------------------------------------------------------------- lookups
+
+
+class Answers:
+    """A client whose lookups are answered from a list; the last answer stays."""
+
+    def __init__(self, *answers: tuple[int, int]) -> None:
+        self._answers = list(answers)
+        self.prefetched = 0
+
+    def lookup(self, hashes: Sequence[bytes], *, deadline_s: float) -> kv.LookupResult:
+        blocks, in_dram = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        return kv.LookupResult(min(blocks, len(hashes)), in_dram)
+
+    def prefetch(self, hashes: Sequence[bytes], *, session_id: str, request_id: str) -> kv.PrefetchResult:
+        self.prefetched += 1
+        return kv.PrefetchResult()
+
+
+def asked(*clients: Answers, promotion_wait_s: float = 5.0) -> Held:
+    lookups = Lookups(clients, Counters(), promotion_wait_s=promotion_wait_s)  # type: ignore[arg-type]
+    lookups.ask("r", "", chain("c", 9))
+    eventually(lambda: not lookups.is_pending("r"))
+    held = lookups.answer("r")
+    lookups.forget("r")
+    assert lookups.answer("r") is None
+    lookups.stop()
+    assert held is not None
+    return held
+
+
+def test_a_chain_is_held_as_far_as_every_rank_holds_it() -> None:
+    held = asked(Answers((7, 7)), Answers((5, 5)), Answers((9, 9)))
+    assert (held.blocks, held.ready_blocks, held.asked_blocks) == (5, 5, 9)
+
+
+def test_blocks_on_their_way_from_nvme_are_waited_for() -> None:
+    slow = Answers((6, 2), (6, 4), (6, 6))
+    held = asked(slow, Answers((6, 6)))
+    assert (held.blocks, held.is_ready, slow.prefetched) == (6, True, 1)
+
+
+def test_blocks_that_do_not_come_in_time_are_left_out() -> None:
+    held = asked(Answers((6, 2)), promotion_wait_s=0.05)
+    assert (held.blocks, held.is_ready) == (2, True)
+
+
+# ------------------------------------------------------------------- transfers
+
+
+class GatedBlocks(HostBlocks):
+    """Engine blocks whose next read waits until it is let through."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.begun = threading.Event()
+        self.reads = 0
+
+    def read(self, block_ids: Sequence[int], addresses: Sequence[int], after: Fence | None) -> None:
+        self.begun.set()
+        assert self.gate.wait(30)
+        self.reads += 1
+        super().read(block_ids, addresses, after)
+
+
+class Rig:
+    """Saves and loads between a tensor and a real daemon."""
+
+    def __init__(self, daemon: DaemonThread) -> None:
+        self.daemon = daemon
+        self.tensor = torch.randint(0, 255, (ENGINE_BLOCKS, BLOCK_BYTES), dtype=torch.uint8)
+        self.memory = GatedBlocks(layout_of({"layer": self.tensor}, blocks=ENGINE_BLOCKS), ThreadedCopier(threads=1))
+        self.client = kv.attach(kv.Namespace(b"f" * 32, "rig", BLOCK_BYTES, 16), socket_dir=daemon.socket_dir)
+        self.counters = Counters()
+        self.saves = Saves(self.client, self.memory, self.counters, waiting_max=4, timeout_s=5.0)
+        self.loads = Loads(self.client, self.memory, self.counters, threads=1, timeout_s=5.0)
+
+    def save(self, name: str, blocks: int, first: int = 0) -> None:
+        ids = tuple(range(first, first + blocks))
+        self.saves.order([SaveOrder(name, "", tuple(chain(name, blocks, start=first)), first, ids)])
+
+    def held(self, name: str, blocks: int) -> int:
+        return self.client.lookup(chain(name, blocks)).blocks
+
+    def close(self) -> None:
+        self.memory.gate.set()
+        self.saves.stop()
+        self.loads.stop()
+        self.client.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with DaemonThread(tmp_path / "s") as daemon:
+        made = Rig(daemon)
+        yield made
+        made.close()
+        daemon.wait_no_instances()
+
+
+def test_what_is_saved_is_loaded_into_other_blocks(rig: Rig) -> None:
+    rig.save("a", 6)
+    rig.save("a", 2, first=6)
+    eventually(lambda: rig.saves.take_done({"a"}) == {"a"})
+    rig.loads.order(LoadOrder("r", "", tuple(chain("a", 8)), 3, (40, 41, 42, 43, 44)))
+    eventually(lambda: rig.loads.ended().request_ids == {"r"})
+    assert torch.equal(rig.tensor[40:45], rig.tensor[3:8])
+
+
+def test_what_is_not_held_is_named_block_by_block(rig: Rig) -> None:
+    rig.save("a", 4)
+    eventually(lambda: rig.held("a", 4) == 4)
+    rig.loads.order(LoadOrder("r", "", tuple(chain("a", 7)), 2, (40, 41, 42, 43, 44)))
+    failed: set[int] = set()
+
+    def is_over() -> bool:
+        ended = rig.loads.ended()
+        failed.update(ended.failed_block_ids)
+        return ended.request_ids == {"r"}
+
+    eventually(is_over)
+    assert failed == {42, 43, 44}
+    assert torch.equal(rig.tensor[40:42], rig.tensor[2:4])
+
+
+def test_blocks_that_change_hands_are_not_read(rig: Rig) -> None:
+    rig.memory.gate.clear()
+    rig.save("reading", 3)
+    assert rig.memory.begun.wait(30)
+    rig.save("waiting", 3)
+    released = threading.Event()
+
+    def release() -> None:
+        rig.saves.stop_reading(["waiting", "reading"])
+        released.set()
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    assert not released.wait(0.1), "it did not wait for the copy that is under way"
+    rig.memory.gate.set()
+    assert released.wait(30)
+    thread.join()
+    rig.save("next", 1)
+    eventually(lambda: rig.held("next", 1) == 1)
+    assert rig.memory.reads == 2
+    assert rig.held("waiting", 3) == 0
+
+
+def test_a_chain_whose_beginning_has_left_is_saved_from_its_root(rig: Rig) -> None:
+    rig.save("a", 4)
+    eventually(lambda: rig.held("a", 4) == 4)
+    rig.client.forget_namespace()
+    rig.save("a", 2, first=4)
+    eventually(lambda: rig.held("a", 6) == 6)
+
+
+def test_saves_that_wait_are_bounded_and_made_up_for(rig: Rig) -> None:
+    rig.memory.gate.clear()
+    rig.save("first", 1)
+    assert rig.memory.begun.wait(30)
+    for position in range(6):
+        rig.save("many", 1, first=position)
+    assert rig.counters.take()["unsaved_blocks:queue_full"] == 2
+    rig.memory.gate.set()
+    eventually(lambda: rig.held("many", 4) == 4)
+    rig.save("many", 1, first=6)
+    eventually(lambda: rig.held("many", 7) == 7)
+
+
+def test_a_load_that_was_not_begun_ends_all_the_same(rig: Rig) -> None:
+    rig.loads.give_up([LoadOrder("r", "", tuple(chain("a", 2)), 0, (5, 6))])
+    ended = rig.loads.ended()
+    assert (ended.request_ids, ended.failed_block_ids) == ({"r"}, {5, 6})
