@@ -21,7 +21,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help environment vllm-environment demo test test-engines check check-format check-lint check-types check-imports check-protos \
+.PHONY: help environment vllm-environment kubernetes-environment demo test test-engines check check-format check-lint check-types check-imports check-protos \
 	bench protos format clean clean-environment
 
 help: ## list the targets
@@ -71,13 +71,16 @@ clean: ## remove what was built and cached; the environment stays
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-environment: ## remove the environments
-	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_VENV).lock
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_VENV).lock .venv-kubernetes
 
 environment: $(DEV_STAMP) ## everything that test and check need
 
 # Status 3 says that vLLM cannot be had here: its tests are then skipped with that reason, and fail in CI.
 vllm-environment: ## a vLLM without a GPU, for the engine tests; VLLM_VENV chooses where
 	@VLLM_VENV=$(VLLM_VENV) PYTHON=$(PYTHON) TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" scripts/install_vllm.sh || [ $$? -eq 3 ]
+
+kubernetes-environment: ## kubectl and the schemas that the tests of k8s/ ask for; without it they are skipped
+	@PYTHON=$(PYTHON) scripts/install_kubernetes_tools.sh
 
 $(VENV_STAMP):
 	@command -v $(PYTHON) >/dev/null || { \

@@ -11,7 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -52,6 +52,7 @@ class DaemonProcess:
         knobs: as flags; whatever is not named is as in SMALL.
         environ: variables on top of this process's.
         descriptors_max: RLIMIT_NOFILE of the process; 0 leaves it.
+        launcher: a command that runs it, such as one that becomes another user first.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class DaemonProcess:
         *,
         environ: Mapping[str, str] | None = None,
         descriptors_max: int = 0,
+        launcher: Sequence[str] = (),
         **knobs: object,
     ) -> None:
         self.socket_dir = str(socket_dir)
-        self._command = serve_command(socket_dir, SMALL | knobs)
+        self._command = [*launcher, *serve_command(socket_dir, SMALL | knobs)]
         self._environ = environment(**(environ or {}))
         self._descriptors_max = descriptors_max
         self._popen: subprocess.Popen[str] | None = None
