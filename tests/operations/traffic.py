@@ -62,14 +62,14 @@ def conversations(engine: Engine, *, count: int, name: str = "chat") -> None:
     engine.resume(f"{name} unknown")
 
 
-def endless(engine: Engine, stop: threading.Event) -> None:
+def endless(engine: Engine, stop: threading.Event, name: str = "turn") -> None:
     """New conversations all the time; older ones resume, from DRAM, from NVMe, after a prefetch, or not at all."""
     for number in count():
-        engine.save(f"turn {number}")
-        engine.resume(f"turn {number}")
-        engine.resume(f"turn {number - 8}")
-        engine.prefetch(f"turn {number - 10}")
-        engine.resume(f"turn {number - 10}")
-        engine.resume(f"unknown {number}")
+        engine.save(f"{name} {number}")
+        engine.resume(f"{name} {number}")
+        engine.resume(f"{name} {number - 8}")
+        engine.prefetch(f"{name} {number - 10}")
+        engine.resume(f"{name} {number - 10}")
+        engine.resume(f"{name} unknown {number}")
         if stop.wait(0.05):
             return
