@@ -114,23 +114,42 @@ def _recall_table(recalls: Sequence[Recall]) -> str:
 
 
 def _draw(rows: Sequence[Row], file: Path) -> None:
-    """Perplexity against truncation depth, one line a variant with its interval."""
+    """Perplexity against truncation depth with its intervals; beside it, the differences from recomputation."""
     import matplotlib as mpl  # noqa: PLC0415  # optional: the tables do without
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (levels, differences) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for variant in Variant:
         own = sorted((row for row in rows if row.variant == variant.value and row.depth), key=lambda row: row.depth)
         depths = [row.depth for row in own]
-        axes.plot(depths, [row.perplexity for row in own], marker="o", markersize=3, label=variant.value)
-        axes.fill_between(depths, [row.perplexity_low for row in own], [row.perplexity_high for row in own], alpha=0.15)
-    axes.set_xlabel("truncations so far")
-    axes.set_ylabel("perplexity per byte")
-    axes.set_yscale("log")
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+        line = levels.plot(depths, [row.perplexity for row in own], marker="o", markersize=3, label=variant.value)[0]
+        levels.fill_between(
+            depths, [row.perplexity_low for row in own], [row.perplexity_high for row in own], alpha=0.15
+        )
+        if variant in (Variant.SHIFTED, Variant.SHIFTED_WITH_SINKS):
+            spread = [
+                [row.difference - row.difference_low for row in own],
+                [row.difference_high - row.difference for row in own],
+            ]
+            differences.errorbar(
+                depths,
+                [row.difference for row in own],
+                spread,
+                marker="o",
+                markersize=3,
+                capsize=2,
+                color=line.get_color(),
+            )
+    levels.set_yscale("log")
+    levels.set_ylabel("perplexity per byte")
+    levels.legend(fontsize=8, loc="center right")
+    differences.axhline(0.0, linewidth=0.8, color="gray")
+    differences.set_ylabel("perplexity minus recomputed")
+    for axes in (levels, differences):
+        axes.set_xlabel("truncations so far")
+    figure.savefig(file, dpi=100)
 
 
 def _parser() -> argparse.ArgumentParser:
