@@ -7,7 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Timing never decides a test: a busy machine makes any example slow. pytest's own timeout ends what hangs.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 RequireTool = Callable[[str, str], str]
 
