@@ -14,7 +14,8 @@ parent is RESIDENT. So whether the first i blocks of a chain are held is monoton
 hit length is found by bisection: 12 probes for 2,048 hashes.
 
 A row's bytes are in DRAM (`slot`), on NVMe (`extent`) or both; `arriving` while they are read into
-the slot, `dirty` while they wait to be written to NVMe.
+the slot, `dirty` while they wait to be written to NVMe, `prefetched` from when a hint brought them
+into DRAM until somebody uses them.
 
 Columns instead of objects: a million blocks take about 200 bytes each, chains are inserted,
 checked and touched by vector operations, and the garbage collector has nothing to walk.
@@ -41,6 +42,7 @@ _COLUMNS: dict[str, tuple[type, int]] = {
     "dram_children": (np.int32, 0),
     "nvme_children": (np.int32, 0),
     "arriving": (np.bool_, 0),
+    "prefetched": (np.bool_, 0),
     "dirty": (np.bool_, 0),
     "state": (np.uint8, 0),
     "checksummed": (np.bool_, 0),
@@ -82,6 +84,7 @@ class Index:
         self.dram_children: np.ndarray
         self.nvme_children: np.ndarray
         self.arriving: np.ndarray
+        self.prefetched: np.ndarray
         self.dirty: np.ndarray
         self.state: np.ndarray
         self.checksummed: np.ndarray
@@ -206,6 +209,7 @@ class Index:
         self.dram_children[rows[-1]] = 0
         self.nvme_children[rows] = 0
         self.arriving[rows] = False
+        self.prefetched[rows] = False
         self.dirty[rows] = False
         self.state[rows] = State.RESERVED
         self.checksummed[rows] = False

@@ -70,6 +70,10 @@ class Sessions:
         self._tips.pop(session, None)
         return tips
 
+    def tips(self, session: Hashable) -> list[int]:
+        """The ends of the session's chains; none if it is unknown."""
+        return list(self._tips.get(session, ()))
+
     def of_tip(self, row: int) -> Collection[Hashable]:
         """The sessions that end at the row."""
         return self._by_tip.get(row, ())

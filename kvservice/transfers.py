@@ -31,10 +31,20 @@ class Priority(IntEnum):
 class Transfer(Generic[Result]):
     """One queued piece of work; `done` resolves to its result."""
 
-    __slots__ = ("done", "is_started", "priority", "work")
+    __slots__ = ("done", "is_started", "priority", "size_bytes", "urgency", "work")
 
-    def __init__(self, priority: Priority, work: Callable[[], Result], done: asyncio.Future[Result]) -> None:
+    def __init__(
+        self,
+        priority: Priority,
+        work: Callable[[], Result],
+        done: asyncio.Future[Result],
+        *,
+        urgency: float,
+        size_bytes: int,
+    ) -> None:
         self.priority = priority
+        self.urgency = urgency
+        self.size_bytes = size_bytes
         self.work = work
         self.done = done
         self.is_started = False
@@ -52,10 +62,11 @@ class TransferQueue:
         self._executor = executor
         self._depth = depth
         self._waiting_max = waiting_max
-        self._heap: list[tuple[Priority, int, Transfer[object]]] = []
+        self._heap: list[tuple[Priority, float, int, Transfer[object]]] = []
         self._order = 0
         self._waiting = 0
         self._running: set[asyncio.Task[None]] = set()
+        self._started: set[Transfer[object]] = set()
 
     @property
     def waiting(self) -> int:
@@ -67,15 +78,23 @@ class TransferQueue:
         """Transfers under way."""
         return len(self._running)
 
-    def submit(self, priority: Priority, work: Callable[[], Result]) -> Transfer[Result]:
+    def submit(
+        self, priority: Priority, work: Callable[[], Result], *, urgency: float = 0.0, size_bytes: int = 0
+    ) -> Transfer[Result]:
         """Queue a piece of work.
+
+        Args:
+            urgency: among waiting ones of the same priority the smallest starts first; among equals the first come.
+            size_bytes: what it moves, for `bytes_before`.
 
         Raises:
             Overloaded: as many are waiting as may.
         """
         if self._waiting >= self._waiting_max:
             raise Overloaded(f"{self._waiting_max} transfers are waiting for this device")
-        transfer: Transfer[Result] = Transfer(priority, work, asyncio.get_running_loop().create_future())
+        transfer: Transfer[Result] = Transfer(
+            priority, work, asyncio.get_running_loop().create_future(), urgency=urgency, size_bytes=size_bytes
+        )
         self._waiting += 1
         self._push(transfer)
         self._start_more()
@@ -87,6 +106,22 @@ class TransferQueue:
             transfer.priority = priority
             self._push(transfer)  # its older entry is passed over
 
+    def reorder(self, transfer: Transfer[Result], urgency: float) -> None:
+        """A waiting transfer is more or less urgent than it was, among those of its priority."""
+        if not transfer.is_started and not transfer.done.done() and urgency != transfer.urgency:
+            transfer.urgency = urgency
+            self._push(transfer)  # its older entry is passed over
+
+    def bytes_before(self, priority: Priority) -> int:
+        """What moves before a transfer of that priority submitted now would start; O(waiting)."""
+        running = sum(transfer.size_bytes for transfer in self._started)
+        waiting = {
+            id(transfer): transfer.size_bytes
+            for _, _, _, transfer in self._heap
+            if not transfer.is_started and not transfer.done.done() and transfer.priority <= priority
+        }
+        return running + sum(waiting.values())
+
     def cancel(self, transfer: Transfer[Result]) -> bool:
         """Cancel a transfer that has not started; whether it did."""
         if transfer.is_started or transfer.done.done():
@@ -97,21 +132,23 @@ class TransferQueue:
 
     async def close(self) -> None:
         """Cancel what waits, wait for what runs."""
-        for _, _, transfer in self._heap:
+        for _, _, _, transfer in self._heap:
             self.cancel(transfer)
         if self._running:
             await asyncio.wait(self._running)
 
     def _push(self, transfer: Transfer[Result]) -> None:
         self._order += 1
-        heapq.heappush(self._heap, (transfer.priority, self._order, transfer))  # type: ignore[misc]
+        heapq.heappush(self._heap, (transfer.priority, transfer.urgency, self._order, transfer))  # type: ignore[misc]
 
     def _start_more(self) -> None:
         while len(self._running) < self._depth and self._heap:
-            priority, _, transfer = heapq.heappop(self._heap)
-            if transfer.is_started or transfer.done.done() or priority != transfer.priority:
+            priority, urgency, _, transfer = heapq.heappop(self._heap)
+            is_current = (priority, urgency) == (transfer.priority, transfer.urgency)
+            if transfer.is_started or transfer.done.done() or not is_current:
                 continue
             transfer.is_started = True
+            self._started.add(transfer)
             self._waiting -= 1
             task = asyncio.create_task(self._run(transfer))
             self._running.add(task)
@@ -129,4 +166,5 @@ class TransferQueue:
             task = asyncio.current_task()
             assert task is not None
             self._running.discard(task)
+            self._started.discard(transfer)
             self._start_more()

@@ -35,13 +35,16 @@ from kvservice_client.namespace import Namespace, default_socket_dir
 from kvservice_client.outcomes import (
     Committed,
     ForgetResult,
+    LoadPlan,
     LoadResult,
     LookupResult,
     PrefetchResult,
     Reason,
+    Resumption,
     SaveResult,
     Status,
 )
+from kvservice_client.waiting import WaitingRequest
 
 __all__ = [
     "Admin",
@@ -61,6 +64,7 @@ __all__ = [
     "Lease",
     "LeaseExpired",
     "LeaseUnknown",
+    "LoadPlan",
     "LoadResult",
     "LookupResult",
     "Memory",
@@ -73,9 +77,11 @@ __all__ = [
     "Reason",
     "Reservation",
     "ReservationLost",
+    "Resumption",
     "SaveResult",
     "Status",
     "Unauthenticated",
+    "WaitingRequest",
     "admin",
     "attach",
     "default_socket_dir",

@@ -6,45 +6,32 @@ miss with a reason. A thread of its own attaches, follows the daemon, and attach
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from kvservice_client.ahead import MISS_REASONS, AheadOfNeed
 from kvservice_client.attachment import Attachment
 from kvservice_client.errors import CapacityExhausted, InvalidRequest, KVServiceError
 from kvservice_client.holds import Lease, Reservation
-from kvservice_client.link import Link
 from kvservice_client.memory import Buffers, Copy, ThreadedCopier
 from kvservice_client.namespace import Namespace, default_socket_dir
 from kvservice_client.outcomes import (
     Committed,
     ForgetResult,
     LoadResult,
-    LookupResult,
-    PrefetchResult,
     Reason,
     SaveResult,
     Status,
-    reason_of,
 )
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _CALL_TIMEOUT_S = 10.0
-_LOOKUP_TIMEOUT_S = 2.0
 # Large enough that memmove leaves the caches alone (glibc does so above 190 MB): twice as fast.
 _SAVE_PIECE_BYTES = 1024 * 1024 * 1024
 _SAVE_PIECE_SHRINK = 8  # a full arena still takes a prefix, in smaller pieces
-
-_MISS_REASONS: dict[int, Reason] = {
-    pb.MISS_REASON_UNSPECIFIED: Reason.OK,
-    pb.MISS_REASON_NOT_HELD: Reason.NOT_HELD,
-    pb.MISS_REASON_BEING_WRITTEN: Reason.BEING_WRITTEN,
-    pb.MISS_REASON_PREFIX_MISSING: Reason.NOT_HELD,
-    pb.MISS_REASON_CORRUPT: Reason.CORRUPT,
-    pb.MISS_REASON_TIER_OFFLINE: Reason.TIER_OFFLINE,
-    pb.MISS_REASON_OVER_LIMIT: Reason.OVER_LIMIT,
-}
 
 
 def attach(
@@ -81,14 +68,13 @@ def attach(
     return client
 
 
-class Client:
+class Client(AheadOfNeed):
     """One namespace of one engine process. Thread-safe; made by `attach`."""
 
     def __init__(self, namespace: Namespace, *, socket_dir: str, instance_name: str, copy_threads: int) -> None:
-        self.namespace = namespace
+        super().__init__(namespace, Attachment(namespace, socket_dir=socket_dir, instance_name=instance_name))
         self.socket_dir = socket_dir
         self._copier = ThreadedCopier(threads=copy_threads)
-        self._attachment = Attachment(namespace, socket_dir=socket_dir, instance_name=instance_name)
 
     # ------------------------------------------------------------------- status
 
@@ -115,6 +101,7 @@ class Client:
     def close(self) -> None:
         """Detach. Leases and reservations end; calls in progress finish. May be called twice."""
         self._attachment.close()
+        self._close_feed()
         self._copier.close()
 
     def __enter__(self) -> Client:
@@ -125,26 +112,6 @@ class Client:
 
     # ------------------------------------------------------------------- facade
 
-    def lookup(self, hashes: Sequence[bytes], *, deadline_s: float = _LOOKUP_TIMEOUT_S) -> LookupResult:
-        """How many leading blocks of the chain are held. No side effect.
-
-        Raises:
-            InvalidRequest: the hashes are malformed or too many.
-        """
-        if not hashes:
-            return LookupResult()
-        try:
-            link = self._attachment.link()
-            request = pb.LookupRequest(namespace_id=self._namespace_id(link), hashes=self._pack(hashes))
-            response = link.call(link.stub.Lookup, request, deadline_s)
-        except InvalidRequest:
-            raise
-        except KVServiceError as error:
-            return LookupResult(reason=self._reason(error))
-        in_dram = next((run.blocks for run in response.runs if run.held == pb.TIER_DRAM), 0)
-        miss: int = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
-        return LookupResult(response.hit_blocks, in_dram, _MISS_REASONS.get(miss, Reason.NOT_HELD))
-
     def load(
         self,
         hashes: Sequence[bytes],
@@ -152,6 +119,7 @@ class Client:
         *,
         session_id: str = "",
         request_id: str = "",
+        wait_s: float = 0.0,
         deadline_s: float = _CALL_TIMEOUT_S,
     ) -> LoadResult:
         """Copy the longest held prefix into the caller's memory. Blocks.
@@ -160,6 +128,7 @@ class Client:
             hashes: chain of n hashes, root first.
             destination: one writable C-contiguous buffer of n blocks, or n buffers of one block
                 each: anything with the buffer protocol, a torch CPU tensor, or Memory.
+            wait_s: how long to wait for blocks from NVMe, as a plan says; what comes later is a miss. 0.0: deadline_s.
 
         Returns:
             How many leading blocks are in the destination and verified to be theirs.
@@ -172,17 +141,21 @@ class Client:
         size = self.namespace.block_size_bytes
         with Buffers(destination, blocks=len(hashes), block_size_bytes=size, writable=True) as buffers:
             try:
-                with self.get(hashes, session_id=session_id, request_id=request_id, deadline_s=deadline_s) as lease:
+                with self.get(
+                    hashes, session_id=session_id, request_id=request_id, wait_s=wait_s, deadline_s=deadline_s
+                ) as lease:
+                    started_s = time.perf_counter()
                     self._copier.copy(
                         [
                             Copy(address, view.address, size)
                             for address, view in zip(buffers.addresses, lease.blocks, strict=False)
                         ]
                     )
+                    self._copied(len(lease.blocks) * size, time.perf_counter() - started_s)
                     valid = lease.valid_prefix()
                     if valid < len(lease.blocks):
                         return LoadResult(valid, Reason.CHANGED)
-                    return LoadResult(valid, _MISS_REASONS.get(lease.miss, Reason.NOT_HELD))
+                    return LoadResult(valid, MISS_REASONS.get(lease.miss, Reason.NOT_HELD))
             except InvalidRequest:
                 raise
             except KVServiceError as error:
@@ -239,31 +212,6 @@ class Client:
                 start += len(piece)
         return result
 
-    def prefetch(self, hashes: Sequence[bytes], *, session_id: str = "", request_id: str = "") -> PrefetchResult:
-        """Bring blocks closer without waiting for them.
-
-        Raises:
-            InvalidRequest: the hashes are malformed or too many.
-        """
-        if not hashes:
-            return PrefetchResult()
-        try:
-            link = self._attachment.link()
-            request = pb.PrefetchRequest(
-                namespace_id=self._namespace_id(link),
-                hashes=self._pack(hashes),
-                session_id=session_id,
-                request_id=request_id,
-            )
-            response = link.call(link.stub.Prefetch, request, _LOOKUP_TIMEOUT_S)
-        except InvalidRequest:
-            raise
-        except KVServiceError as error:
-            return PrefetchResult(reason=self._reason(error))
-        in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
-        started = sum(run.blocks for run in response.runs if run.WhichOneof("outcome") == "started")
-        return PrefetchResult(in_dram, started)
-
     def release(self, request_id: str) -> None:
         """End every lease and reservation of a request. Never raises for a service failure."""
         try:
@@ -284,6 +232,7 @@ class Client:
         request_id: str = "",
         lease_s: float = 0.0,
         max_blocks: int = 0,
+        wait_s: float = 0.0,
         deadline_s: float = _CALL_TIMEOUT_S,
     ) -> Lease:
         """Lease the longest held prefix, to read it in place.
@@ -291,6 +240,7 @@ class Client:
         Args:
             lease_s: how long; 0.0: the daemon's default.
             max_blocks: at most so many; 0: all.
+            wait_s: how long to wait for blocks from NVMe; 0.0: deadline_s.
 
         Raises:
             KVServiceError: see the module `errors`.
@@ -303,6 +253,7 @@ class Client:
             request_id=request_id,
             lease_ms=int(lease_s * 1000),
             max_blocks=max_blocks,
+            wait_ms=math.ceil(wait_s * 1000),
         )
         return Lease(link, link.get(request, deadline_s), block_size_bytes=self.namespace.block_size_bytes)
 
@@ -375,17 +326,5 @@ class Client:
         response = link.call(link.stub.Forget, request, _CALL_TIMEOUT_S)
         return ForgetResult(response.blocks_dropped, response.blocks_in_use)
 
-    def _pack(self, hashes: Sequence[bytes]) -> bytes:
-        size = self.namespace.hash_size_bytes
-        if set(map(len, hashes)) - {size}:
-            raise InvalidRequest(f"every hash of this namespace has {size} bytes")
-        return b"".join(hashes)
-
-    def _namespace_id(self, link: Link) -> int:
-        return link.welcome.namespace_ids[0]
-
     def _hashes_per_call_max(self) -> int:
         return int(self._attachment.link().welcome.limits.hashes_per_call_max)
-
-    def _reason(self, error: KVServiceError) -> Reason:
-        return Reason.CLOSED if self.status is Status.CLOSED else reason_of(error)

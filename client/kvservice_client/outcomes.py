@@ -75,6 +75,50 @@ class LookupResult:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """Plan: how many leading blocks to load, of those held; the rest is better recomputed."""
+
+    blocks: int = 0
+    held_blocks: int = 0
+    dram_blocks: int = 0
+    """Of those held, how many lead in DRAM."""
+    load_s: float = 0.0
+    """Estimate for loading `blocks`; 0.0: unknown."""
+    recompute_s: float = 0.0
+    """Estimate for computing them instead; 0.0: unknown."""
+    reason: Reason = Reason.OK
+    """Why no more is held."""
+
+    @property
+    def wait_s(self) -> float:
+        """For how long the load is worth waiting for: estimates are not exact. 0.0: unknown, without a limit."""
+        return 1.25 * self.load_s + 0.05 * self.recompute_s if self.load_s and self.recompute_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """When an idle conversation goes on: made by `in_seconds`, `typing` or `finished`."""
+
+    in_s: float | None = None
+    is_typing: bool = False
+
+    @classmethod
+    def in_seconds(cls, seconds: float) -> Resumption:
+        """In about so many seconds."""
+        return cls(in_s=seconds)
+
+    @classmethod
+    def typing(cls) -> Resumption:
+        """Its user is typing."""
+        return cls(is_typing=True)
+
+    @classmethod
+    def finished(cls) -> Resumption:
+        """Never."""
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadResult:
     """Load: how many leading blocks were copied and verified; the rest of the destination is undefined."""
 

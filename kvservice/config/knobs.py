@@ -160,6 +160,12 @@ class Config:
         "Transfers that may wait per directory; above, blocks are misses instead of arriving late.",
         at_least=1,
     )
+    nvme_bytes_per_s_max: int = knob(
+        0,
+        NVME,
+        "Bytes per second that each directory may move, reads and writes together; 0 is no bound. For devices that "
+        "others need too. Lower: engines recompute more of what is on NVMe.",
+    )
 
     high_watermark: float = knob(
         0.95,
@@ -234,6 +240,21 @@ class Config:
         100_000,
         LIMITS,
         "Conversations remembered by name, per namespace; beyond it one loses its name, not its blocks.",
+        at_least=1,
+        at_most=100_000_000,
+    )
+    queue_entries_max: int = knob(
+        4096,
+        LIMITS,
+        "Waiting requests that one engine process may tell of per namespace; it tells of those that start first.",
+        at_least=1,
+        at_most=65_536,
+    )
+    queue_blocks_max: int = knob(
+        262_144,
+        LIMITS,
+        "Block hashes in one such queue, all its requests together; 8 to 64 bytes each, and as much again for "
+        "requests that started.",
         at_least=1,
         at_most=100_000_000,
     )

@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from kvservice.blocks import DropReason, Tier
 from kvservice.metrics.latency import Evictions, Operations
+from kvservice.metrics.prefetching import Prefetches
 from kvservice.metrics.savings import Savings
 
 Key = TypeVar("Key")
@@ -71,6 +72,11 @@ class Snapshot:
     unchecksummed_blocks: int
     draining: bool
     event_loop_lag_s: float = 0.0
+    queued_requests: int = 0
+    prefetch_window_requests: int = 0
+    eviction_window_requests: int = 0
+    prefetch_window_blocks: int = 0
+    prefetch_window_dram_blocks: int = 0
 
 
 _GAUGES: Mapping[str, str] = {
@@ -83,6 +89,11 @@ _GAUGES: Mapping[str, str] = {
     "quarantined_slots": "Slots whose holder expired and has neither released them nor hung up.",
     "unchecksummed_blocks": "Committed blocks whose checksum is still to be made.",
     "draining": "1 while the daemon takes no new work because it is shutting down.",
+    "queued_requests": "Waiting requests that engines have told of.",
+    "prefetch_window_requests": "Of these, those whose blocks are fetched into DRAM.",
+    "eviction_window_requests": "Of these, those whose blocks do not leave the store.",
+    "prefetch_window_blocks": "Held blocks that the requests of the prefetch window need; shared ones count each time.",
+    "prefetch_window_dram_blocks": "Of these, those that are in DRAM: the window's coverage.",
 }
 
 
@@ -135,6 +146,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.operations = Operations(self.registry)
         self.evictions = Evictions(self.registry)
+        self.prefetches = Prefetches(self.registry)
         self.savings = Savings(
             self.registry, prefill_tokens_per_gpu_s=prefill_tokens_per_gpu_s, gpu_hour_price=gpu_hour_price
         )

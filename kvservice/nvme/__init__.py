@@ -4,6 +4,7 @@ from kvservice.nvme.files import Files, RealFiles
 from kvservice.nvme.format import RecordKind, record, records_array
 from kvservice.nvme.results import ReadJob, ReadResult, Recovered, SegmentUse, WriteJob
 from kvservice.nvme.segments import PLACE_BITS
+from kvservice.nvme.throttle import Throttle
 from kvservice.nvme.volume import Volume
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RecordKind",
     "Recovered",
     "SegmentUse",
+    "Throttle",
     "Volume",
     "WriteJob",
     "record",

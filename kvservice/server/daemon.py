@@ -96,7 +96,7 @@ class Daemon:
     def snapshot(self) -> Snapshot:
         """The state as scraped. Called in HTTP threads: counts and lengths only."""
         store = self.store
-        namespaces = list(store.namespaces.values())
+        namespaces, ahead = list(store.namespaces.values()), list(store.waiting.ahead.values())
         return Snapshot(
             tiers=[
                 TierGauge(tier, usage.capacity_bytes, usage.used_bytes, usage.state == "online")
@@ -112,6 +112,11 @@ class Daemon:
             unchecksummed_blocks=store.checksummer.queued_blocks,
             draining=store.is_draining,
             event_loop_lag_s=time.monotonic() - self._beat_s,
+            queued_requests=len(store.waiting),
+            prefetch_window_requests=sum(min(one.windows.prefetch, len(one.waiting)) for one in ahead),
+            eviction_window_requests=sum(min(one.windows.eviction, len(one.waiting)) for one in ahead),
+            prefetch_window_blocks=sum(one.needed_blocks for one in ahead),
+            prefetch_window_dram_blocks=sum(one.dram_blocks for one in ahead),
         )
 
     async def drain(self) -> None:
@@ -143,6 +148,7 @@ class Daemon:
         self.tasks.start("fd_socket", fd_socket.run())
         self.tasks.start("upkeep", self._keep_up())
         self.tasks.start("checksums", self.store.checksummer.run())
+        self.tasks.start("lookahead", self.store.prefetching.run())
         self.tasks.start("status_page", self._publish_status(control))
         if self.store.disks:
             self.tasks.start("write_behind", self.store.write_behind.run())

@@ -11,7 +11,7 @@ from typing import Any
 from kvservice import __version__, errors
 from kvservice.instances import DrainNotice, HungUp, Notice, SegmentsChanged
 from kvservice.metrics import Metrics
-from kvservice.service import getting, messages, reports
+from kvservice.service import getting, hints, messages, reports
 from kvservice.service.block_requests import BlockRequests, RequestedBlocks
 from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
 from kvservice.service.messages import require_text
@@ -49,6 +49,9 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             ("Commit", self._commit),
             ("Abort", self._abort),
             ("Prefetch", self._prefetch),
+            ("UpdateQueue", self._update_queue),
+            ("HintSessions", self._hint_sessions),
+            ("PlanLoad", self._plan_load),
             ("Forget", self._forget),
             ("Stats", self._stats),
             ("Explain", self._explain),
@@ -165,6 +168,20 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         prefetched = await self._store.prefetch(self._instance(context), request.namespace_id, request.hashes)
         return messages.prefetch_response(prefetched)
 
+    def _update_queue(self, request: pb.UpdateQueueRequest, context: Context) -> pb.UpdateQueueResponse:
+        instance = self._instance(context)
+        namespace = self._store.namespace(instance, request.namespace_id)
+        return hints.queue_response(self._store.waiting.update(instance, namespace, hints.queue_update(request)))
+
+    async def _hint_sessions(self, request: pb.HintSessionsRequest, context: Context) -> pb.HintSessionsResponse:
+        instance, told = self._instance(context), hints.session_hints(request)
+        known = await self._store.waiting.hint(lambda: self._store.namespace(instance, request.namespace_id), told)
+        return pb.HintSessionsResponse(known=known)
+
+    def _plan_load(self, request: pb.PlanLoadRequest, context: Context) -> pb.PlanLoadResponse:
+        instance, engine = self._instance(context), hints.engine_speeds(request)
+        return hints.plan_response(self._store.plan_load(instance, request.namespace_id, request.hashes, engine))
+
     async def _forget(self, request: pb.ForgetRequest, context: Context) -> pb.ForgetResponse:
         instance = self._instance(context)
         match request.WhichOneof("target"):
@@ -236,6 +253,9 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
                 leases_per_instance_max=config.leases_per_instance_max,
                 reservations_per_instance_max=config.reservations_per_instance_max,
                 lease_ms_max=int(config.lease_s_max * 1000),
+                queue_entries_max=config.queue_entries_max,
+                queue_blocks_max=config.queue_blocks_max,
+                session_hints_max=hints.SESSION_HINTS_MAX,
             ),
             planes=PLANES,
             segment_ids=segment_ids,

@@ -83,4 +83,5 @@ def _instance_stats(store: Store, instance: Peer) -> pb.InstanceStats:
         leases=leases.count(HoldKind.READ, instance_id=instance_id),
         reservations=leases.count(HoldKind.WRITE, instance_id=instance_id),
         quarantined_slots=leases.quarantined_slots(instance_id=instance_id),
+        queued_requests=store.waiting.length(instance),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -27,3 +27,7 @@ class Arrival:
     landed: asyncio.Future[dict[int, Landing]]
     """Resolves when the blocks are usable, or are not going to be; by row."""
     transfer: Transfer[Any] | None = None
+    is_hinted: bool = False
+    """Begun because somebody will need the blocks, not because somebody waits."""
+    awaited: set[int] = field(default_factory=set)
+    """Rows that a Get waits for."""

@@ -17,9 +17,10 @@ import numpy as np
 from kvservice.blocks import NamespaceSpec, Tier
 from kvservice.errors import CapacityExhausted
 from kvservice.logs import event_log
-from kvservice.nvme import PLACE_BITS, Volume
+from kvservice.lookahead import Throughput
+from kvservice.nvme import PLACE_BITS, Throttle, Volume
 from kvservice.tiers import TierUsage
-from kvservice.transfers import TransferQueue
+from kvservice.transfers import Priority, TransferQueue
 
 _VOLUME_SHIFT = 56  # an extent number is its volume's position, then the volume's own number
 _LOCAL = (1 << _VOLUME_SHIFT) - 1
@@ -44,10 +45,11 @@ class DiskState(Enum):
 class Disk:
     """One volume, its queue, and how it is doing. The event loop owns it."""
 
-    def __init__(self, volume: Volume, *, depth: int, waiting_max: int) -> None:
+    def __init__(self, volume: Volume, *, depth: int, waiting_max: int, bytes_per_s_max: int = 0) -> None:
         """Args:
         depth: calls that the device gets side by side.
         waiting_max: bound on transfers that have not started.
+        bytes_per_s_max: bound on its bandwidth; 0: none.
         """
         threads = depth + _VERIFYING_THREADS
         self.volume = volume
@@ -55,6 +57,8 @@ class Disk:
         self.why = ""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="nvme")
         self.transfers = TransferQueue(self._executor, depth=threads, waiting_max=waiting_max)
+        self.throttle = Throttle(bytes_per_s_max)
+        self.reads, self.writes = Throughput(), Throughput()
         self._usual_s_per_byte = 0.0
         self._probe_at_s = 0.0
 
@@ -62,6 +66,17 @@ class Disk:
     def is_online(self) -> bool:
         """Whether it reads and writes."""
         return self.state is DiskState.ONLINE
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """As measured; before the first read as writes were; 0.0: nothing is known."""
+        return self.reads.bytes_per_s or self.writes.bytes_per_s
+
+    @property
+    def wait_s(self) -> float:
+        """How long a Get that comes now waits for its turn; 0.0 where the rate is unknown."""
+        rate = self.read_bytes_per_s
+        return self.transfers.bytes_before(Priority.GET) / rate if rate else 0.0
 
     def fail(self, why: str) -> None:
         """Take it offline. Says so once."""
@@ -178,6 +193,21 @@ class Disks:
         """Extents whose blocks are gone."""
         for extent in extents:
             self.of(extent).volume.release([self.local(extent)])
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Of all disks together; 0.0: nothing is known."""
+        return sum(disk.read_bytes_per_s for disk in self.disks if disk.is_online)
+
+    def read_speed(self, extents: np.ndarray) -> tuple[float, float]:
+        """(bytes per second, seconds until it begins) of reading these extents, one chain's; 0.0: not known."""
+        positions, counts = np.unique(extents >> _VOLUME_SHIFT, return_counts=True)
+        disks = [self.disks[position] for position in positions.tolist()]
+        if not all(disk.read_bytes_per_s for disk in disks):
+            return 0.0, 0.0
+        # Side by side: the disk that takes longest decides.
+        per_byte_s = max(count / disk.read_bytes_per_s for disk, count in zip(disks, counts.tolist(), strict=True))
+        return len(extents) / per_byte_s, max(disk.wait_s for disk in disks)
 
     def usage(self) -> TierUsage:
         """Occupancy of all disks; the state names those that are not online."""

@@ -58,7 +58,12 @@ class Durability:
                 files=self._files,
             )
             volume = await loop.run_in_executor(None, opening)
-            disk = Disk(volume, depth=depth, waiting_max=self._config.nvme_waiting_max)
+            disk = Disk(
+                volume,
+                depth=depth,
+                waiting_max=self._config.nvme_waiting_max,
+                bytes_per_s_max=self._config.nvme_bytes_per_s_max,
+            )
             self._disks.disks.append(disk)
 
     async def recover(self) -> None:

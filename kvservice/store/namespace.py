@@ -140,6 +140,7 @@ class Namespace:
         self.sessions.row_left(row, parent)
         self.window.forget(row)
         self.arrivals.pop(row, None)
+        self._count_wasted(row)
         index.remove(row)
         if slot != NO_SLOT:
             self.pool.disown(slot)
@@ -154,6 +155,7 @@ class Namespace:
         """Let a block that is on NVMe too leave DRAM: no write, no loss."""
         parent, slot = int(self.index.parent[row]), int(self.index.slot[row])
         self.policy.demoted(row)
+        self._count_wasted(row)
         self.index.detach_slot(row)
         self.pool.disown(slot)
         self._expose(row)  # eviction from NVMe passed it over while it was in DRAM
@@ -305,6 +307,12 @@ class Namespace:
             self.policy.exposed(row)
         for row in rows[index.first_child[rows] == NO_ROW].tolist():
             self.nvme_policy.exposed(row)
+
+    def _count_wasted(self, row: int) -> None:
+        """It leaves DRAM: had a hint brought it there, nobody used it since."""
+        if self.index.prefetched[row]:
+            self.index.prefetched[row] = False
+            self.metrics.prefetches.wasted.inc()
 
     def _is_only_for_forgotten(self, row: int) -> bool:
         """Whether nothing follows the block and no session that is still known ends there."""

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from kvservice.blocks import DropReason, NamespaceSpec, Slots, Tier
 from kvservice.dram import SlotPool
+from kvservice.lookahead import LoadPlan
 from kvservice.store.arrivals import Arrival
 
 
@@ -51,6 +52,14 @@ class Looked:
     hit_blocks: int
     blocks: int
     miss: Miss
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLoad:
+    """PlanLoad: what Lookup would say, and how much of it to load."""
+
+    looked: Looked
+    plan: LoadPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,25 +37,59 @@ class Promotion:
         self._metrics = metrics
         self._clock = clock
 
-    def start(self, namespace: Namespace, rows: Rows, slots: Slots, priority: Priority) -> None:
+    def start(
+        self, namespace: Namespace, rows: Rows, slots: Slots, priority: Priority, *, urgency: float = 0.0
+    ) -> list[Arrival]:
         """Read the blocks of `rows` (chain order, on readable extents) into `slots`.
 
         The slots are the caller's (one holder each); the transfers hold them besides. What the
         queue has no room for is settled as offline at once.
+
+        Args:
+            urgency: among transfers of the same priority; see TransferQueue.
         """
+        if priority is Priority.PREFETCH:
+            self._metrics.prefetches.started.inc(len(rows))
         namespace.index.attach_slots(rows, slots)
         namespace.pool.row_of[slots] = rows
         namespace.pool.hold(slots)
-        for run in self._runs(namespace, rows):
-            self._submit(namespace, rows[run], slots[run], priority)
+        return [
+            self._submit(namespace, rows[run], slots[run], priority, urgency) for run in self._runs(namespace, rows)
+        ]
 
     def join(self, namespace: Namespace, rows: Sequence[int]) -> None:
         """Somebody waits for these arriving blocks: their transfers become as urgent as a Get's."""
         for row in rows:
             arrival = namespace.arrivals.get(row)
-            if arrival is not None and arrival.transfer is not None:
+            if arrival is None:
+                continue
+            if arrival.is_hinted and row not in arrival.awaited:
+                self._metrics.prefetches.late.inc()
+            arrival.awaited.add(row)
+            if arrival.transfer is not None:
                 disk = self._disks.of(int(namespace.index.extent[row]))
                 disk.transfers.hurry(arrival.transfer, Priority.GET)
+
+    def used(self, namespace: Namespace, rows: Rows) -> None:
+        """A Get hands these out: those that were prefetched have proved useful."""
+        prefetched = int(np.count_nonzero(namespace.index.prefetched[rows]))
+        if prefetched:
+            self._metrics.prefetches.useful.inc(prefetched)
+            namespace.index.prefetched[rows] = False
+
+    def reorder(self, namespace: Namespace, arrival: Arrival, urgency: float) -> None:
+        """A hinted read is more or less urgent than it was."""
+        if arrival.transfer is not None and not arrival.landed.done():
+            disk = self._disks.of(int(namespace.index.extent[arrival.rows[0]]))
+            disk.transfers.reorder(arrival.transfer, urgency)
+
+    def cancel(self, namespace: Namespace, arrival: Arrival) -> None:
+        """Nobody needs a hinted read any more; what is being read, or awaited by a Get, goes on."""
+        if arrival.transfer is None or arrival.landed.done() or arrival.awaited:
+            return
+        disk = self._disks.of(int(namespace.index.extent[arrival.rows[0]]))
+        if disk.transfers.cancel(arrival.transfer):
+            self._metrics.prefetches.cancelled.inc(len(arrival.rows))
 
     def _runs(self, namespace: Namespace, rows: Rows) -> list[slice]:
         """Consecutive blocks of one disk, a few MiB each; the very first block goes alone."""
@@ -69,14 +103,16 @@ class Promotion:
                 start = position
         return runs
 
-    def _submit(self, namespace: Namespace, rows: Rows, slots: Slots, priority: Priority) -> None:
+    def _submit(self, namespace: Namespace, rows: Rows, slots: Slots, priority: Priority, urgency: float) -> Arrival:
         index, size_bytes = namespace.index, namespace.spec.block_size_bytes
         disk = self._disks.of(int(index.extent[rows[0]]))
         jobs = [
             ReadJob(self._disks.local(extent), index.hash_of(row), namespace.pool.memory(slot, namespace.stride_bytes))
             for extent, row, slot in zip(index.extent[rows].tolist(), rows.tolist(), slots.tolist(), strict=True)
         ]
-        arrival = Arrival(rows.tolist(), asyncio.get_running_loop().create_future())
+        arrival = Arrival(
+            rows.tolist(), asyncio.get_running_loop().create_future(), is_hinted=priority is Priority.PREFETCH
+        )
         for row in arrival.rows:
             namespace.arrivals[row] = arrival
 
@@ -87,14 +123,22 @@ class Promotion:
             self._settle(namespace, arrival, slots, landings)
 
         try:
-            transfer = disk.transfers.submit(priority, lambda: self._read(disk, namespace, jobs))
+            transfer = disk.transfers.submit(
+                priority,
+                lambda: self._read(disk, namespace, jobs),
+                urgency=urgency,
+                size_bytes=len(rows) * size_bytes,
+            )
         except Overloaded:
             settle([Landing.TIER_OFFLINE] * len(rows))
-            return
+            return arrival
+        disk.reads.began(len(rows) * size_bytes, time.monotonic())
         arrival.transfer = transfer
         submitted_at_s = self._clock()
 
         def done(future: asyncio.Future[_Read]) -> None:
+            is_read = not future.cancelled() and future.exception() is None
+            disk.reads.ended(len(rows) * size_bytes, len(rows) * size_bytes * is_read, time.monotonic())
             if future.cancelled():
                 settle([Landing.GONE] * len(rows))
             elif (error := future.exception()) is not None:
@@ -108,10 +152,12 @@ class Promotion:
                 settle(read.landings)
 
         transfer.done.add_done_callback(done)
+        return arrival
 
     def _read(self, disk: Disk, namespace: Namespace, jobs: Sequence[ReadJob]) -> _Read:
         """In a thread: the blocks of one transfer."""
         started_s = time.monotonic()
+        disk.throttle.wait(sum(len(job.memory) for job in jobs))
         try:
             results = disk.volume.read(namespace.spec, jobs)
         finally:
@@ -133,6 +179,7 @@ class Promotion:
             if landing is Landing.OK:
                 index.arriving[row] = False
                 namespace.nvme_policy.exposed(row)  # passed over, maybe, while it was read
+                index.prefetched[row] = arrival.is_hinted and row not in arrival.awaited
             elif landing is Landing.CORRUPT:
                 self._metrics.checksum_failures.inc()
                 namespace.drop_subtrees([row], DropReason.CORRUPT, self._clock())

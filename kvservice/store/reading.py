@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,13 +12,14 @@ from kvservice.blocks import NO_EXTENT, NO_SLOT, Chain, Rows
 from kvservice.config import Config
 from kvservice.errors import CapacityExhausted
 from kvservice.leases import HoldKind
+from kvservice.lookahead import Speeds, load_or_recompute
 from kvservice.sessions import session_key
 from kvservice.store import requests
 from kvservice.store.disks import Disks
 from kvservice.store.holds import Holds
 from kvservice.store.journal import Journal
 from kvservice.store.namespace import Namespace, Peer
-from kvservice.store.outcomes import Granted, Looked, Miss, Prefetched
+from kvservice.store.outcomes import Granted, Looked, Miss, PlannedLoad, Prefetched
 from kvservice.store.promotion import Promotion
 from kvservice.store.space import Space
 from kvservice.transfers import Priority
@@ -54,6 +56,27 @@ class Reading:
             readable = self._readable(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
             hit, miss = (readable, Miss.TIER_OFFLINE) if readable < hit else (hit, miss)
         return Looked(namespace.index.dram_length(chain, hit), hit, len(chain), miss)
+
+    def plan_load(self, namespace: Namespace, packed: bytes, engine: Speeds) -> PlannedLoad:
+        """How many leading blocks to load rather than to recompute; no side effect, like a lookup.
+
+        Args:
+            engine: the engine's own speeds; the disks' are put in.
+        """
+        chain = self._chain(namespace, packed)
+        rows, miss = self._prefix(namespace, chain, 0)
+        index = namespace.index
+        to_read = (index.slot[rows] == NO_SLOT) | index.arriving[rows]
+        in_dram = int(np.argmax(to_read)) if to_read.any() else len(rows)
+        rate, wait_s = self._disks.read_speed(index.extent[rows[to_read]]) if to_read.any() else (0.0, 0.0)
+        plan = load_or_recompute(
+            in_dram,
+            len(rows),
+            block_bytes=namespace.spec.block_size_bytes,
+            tokens_per_block=namespace.spec.tokens_per_block,
+            speeds=replace(engine, nvme_bytes_per_s=rate, nvme_wait_s=wait_s),
+        )
+        return PlannedLoad(Looked(in_dram, len(rows), len(chain), miss), plan)
 
     async def get(
         self,
@@ -102,6 +125,7 @@ class Reading:
         if not len(rows):
             return Granted(0, 0.0, namespace.pool, (), rows, {}, 0, len(chain), miss)
         slots = self._fetch(namespace, rows, on_nvme, Priority.GET)
+        self._promotion.used(namespace, rows)
         namespace.touch(rows, self._clock())
         namespace.index.uses[rows] += 1
         if session_id:

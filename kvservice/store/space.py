@@ -103,11 +103,7 @@ class Space:
     async def grow(self, namespace: Namespace) -> bool:
         """Add a segment if arena, quota and system have room for at least one slot; whether it did."""
         stride_bytes = namespace.stride_bytes
-        room_bytes = self.arena.unused_bytes
-        if namespace.rule.dram_quota_bytes:
-            owned_bytes = namespace.pool.size_bytes + namespace.growing_bytes
-            room_bytes = min(room_bytes, namespace.rule.dram_quota_bytes - owned_bytes)
-        slots = min(namespace.pool.slots_per_segment, room_bytes // stride_bytes)
+        slots = min(namespace.pool.slots_per_segment, self.growable_slots(namespace))
         if slots < 1 or self._clock() < self._refused_until_s:
             return False
         size_bytes = slots * stride_bytes
@@ -119,6 +115,22 @@ class Space:
         namespace.growth.add(growth)
         growth.add_done_callback(namespace.growth.discard)
         return await asyncio.shield(growth)
+
+    def growable_slots(self, namespace: Namespace) -> int:
+        """How many slots more arena and quota have room for."""
+        room_bytes = self.arena.unused_bytes
+        if namespace.rule.dram_quota_bytes:
+            owned_bytes = namespace.pool.size_bytes + namespace.growing_bytes
+            room_bytes = min(room_bytes, namespace.rule.dram_quota_bytes - owned_bytes)
+        return max(0, room_bytes) // namespace.stride_bytes
+
+    async def make_room_for_hint(self, namespace: Namespace, slots_wanted: int) -> bool:
+        """Make room as far as that waits for nobody and takes nothing from other namespaces; whether it made any."""
+        if await self.grow(namespace):
+            return True
+        missing = slots_wanted - namespace.pool.free_slots
+        reason = DropReason.QUOTA if self._is_at_quota(namespace) else DropReason.CAPACITY
+        return namespace.evict(missing, reason, self._clock()) > 0
 
     async def _add_segment(self, namespace: Namespace, segment_id: int, slots: int) -> bool:
         size_bytes = slots * namespace.stride_bytes

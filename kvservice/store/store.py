@@ -18,6 +18,7 @@ from kvservice.dram import Arena
 from kvservice.errors import Draining, NamespaceUnknown
 from kvservice.instances import DrainNotice, HungUp, Identity, Instances, SegmentsChanged
 from kvservice.leases import HoldKind, Leases
+from kvservice.lookahead import Speeds
 from kvservice.metrics import Metrics
 from kvservice.nvme import Files, RealFiles
 from kvservice.store import invariants
@@ -35,14 +36,17 @@ from kvservice.store.outcomes import (
     Forgotten,
     Granted,
     Looked,
+    PlannedLoad,
     Prefetched,
     Renewed,
     Reserved,
 )
+from kvservice.store.prefetching import Prefetching
 from kvservice.store.promotion import Promotion
 from kvservice.store.reading import Reading
 from kvservice.store.registry import Registry
 from kvservice.store.space import Space
+from kvservice.store.waiting import WaitingRequests
 from kvservice.store.write_behind import WriteBehind
 from kvservice.store.writing import Writing
 from kvservice.tiers import TierUsage
@@ -129,6 +133,8 @@ class Store:
             files=files or RealFiles(),
         )
         promotion = Promotion(self.disks, metrics, clock=clock)
+        self.waiting = WaitingRequests(config, self._space, self.disks, metrics, clock=clock)
+        self.prefetching = Prefetching(self.waiting, self._space, self.disks, promotion, clock=clock)
         self._reading = Reading(config, self._holds, self._space, self.disks, promotion, self.journal, clock=clock)
         self._writing = Writing(
             config, self._holds, self._space, self.checksummer, self.write_behind, metrics, clock=clock
@@ -172,6 +178,7 @@ class Store:
         """The instance's stream broke: its holds expire; its slots wait for the process."""
         if instance.is_attached:
             self.instances.detach(instance)
+            self.waiting.instance_left(instance)
             self._holds.expire(self.leases.expire_instance(instance.instance_id))
 
     def hang_up(self, instance: Peer) -> None:
@@ -267,6 +274,10 @@ class Store:
         now_s = self.clock()
         expired = sum(hold.expired or hold.expires_at_s <= now_s for hold in holds)
         return Ended(len(holds) - expired, expired)
+
+    def plan_load(self, instance: Peer, namespace_id: int, packed: bytes, engine: Speeds) -> PlannedLoad:
+        """How many leading blocks to load rather than to recompute. No side effect."""
+        return self._reading.plan_load(self.namespace(instance, namespace_id), packed, engine)
 
     # ------------------------------------------------------ put, commit, abort
 
@@ -364,6 +375,7 @@ class Store:
 
     def check(self) -> None:
         """Assert every invariant that spans rooms. For tests; O(n)."""
+        self.waiting.check()
         invariants.check(self.namespaces, self.leases, self._space, self.instances)
 
     # ---------------------------------------------------------------- privately
@@ -382,7 +394,6 @@ class Store:
             raise Draining("the daemon is shutting down", retry_after_s=self.config.drain_s)
 
     def _tell_segments_changed(self, namespace: Namespace, added: list[int], retired: list[int]) -> None:
-        notice = SegmentsChanged(tuple(added), tuple(retired))
         for instance in self.instances:
             if namespace in instance.namespaces:
-                instance.notify(notice)
+                instance.notify(SegmentsChanged(tuple(added), tuple(retired)))

@@ -116,10 +116,10 @@ class WriteBehind:
         """Write everything queued now; whether that was done by the monotonic deadline."""
         self._is_hurried = True
         self._wake.set()
-        while self._queue:
+        while self._queue or self.is_busy:
             remaining_s = deadline_s - time.monotonic()
             if remaining_s <= 0 or not await self.wait_for_progress(remaining_s):
-                return not self._queue
+                return not self._queue and not self.is_busy
         return True
 
     async def wait_for_progress(self, timeout_s: float) -> bool:
@@ -226,11 +226,15 @@ class WriteBehind:
         groups = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
         epoch = disk.volume.epoch
         transfers: list[Transfer[list[int]]] = []
+        size_bytes, moved_bytes = len(blocks) * namespace.stride_bytes, 0
+        disk.writes.began(size_bytes, time.monotonic())
         try:
             for group in groups:
                 write = partial(self._write_group, disk, namespace, group)
-                transfers.append(disk.transfers.submit(Priority.WRITE, write))
+                group_bytes = len(group) * namespace.stride_bytes
+                transfers.append(disk.transfers.submit(Priority.WRITE, write, size_bytes=group_bytes))
             written = await asyncio.gather(*(transfer.done for transfer in transfers))
+            moved_bytes = size_bytes
             await disk.transfers.submit(Priority.WRITE, partial(disk.volume.flush, epoch)).done
         except OSError as error:
             disk.fail(str(error))
@@ -238,6 +242,7 @@ class WriteBehind:
         finally:
             # Nobody may free the slots or extents while a thread still writes from one to the other.
             await asyncio.gather(*(transfer.done for transfer in transfers), return_exceptions=True)
+            disk.writes.ended(size_bytes, moved_bytes, time.monotonic())
         return [checksum for group in written for checksum in group]
 
     def _write_group(self, disk: Disk, namespace: Namespace, group: Sequence[_Block]) -> list[int]:
@@ -250,6 +255,7 @@ class WriteBehind:
                 known = block.known_checksum
                 checksum = checksum_of(memory[:size_bytes]) if known is None else known
                 jobs.append(WriteJob(self._disks.local(block.extent), block.block_hash, memory, checksum))
+            disk.throttle.wait(sum(len(job.memory) for job in jobs))
             disk.volume.write(namespace.spec, jobs)
         return [job.checksum for job in jobs]
 

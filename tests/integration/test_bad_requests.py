@@ -19,6 +19,7 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.integration
 
 HASHES_MAX = 100
+QUEUE_MAX = 20
 INVALID = (Code.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_REQUEST)
 NAMESPACE_UNKNOWN = (Code.FAILED_PRECONDITION, pb.ERROR_REASON_NAMESPACE_UNKNOWN)
 LEASE_UNKNOWN = (Code.NOT_FOUND, pb.ERROR_REASON_LEASE_UNKNOWN)
@@ -38,6 +39,7 @@ def wrong_hashes() -> list[Wrong]:
         "Get": pb.GetRequest,
         "Put": pb.PutRequest,
         "Prefetch": pb.PrefetchRequest,
+        "PlanLoad": pb.PlanLoadRequest,
     }
     bad = [b"", b"short", packed(chain("a", 2))[:-1], packed(chain("a", 2)) + b"x", packed(chain("a", HASHES_MAX + 1))]
     return [
@@ -98,15 +100,64 @@ def wrong_otherwise() -> list[Wrong]:
     ]
 
 
+def wrong_hints() -> list[Wrong]:
+    long, hashes = "x" * 201, packed(chain("a", 1))
+    entry = pb.QueueEntry(request_id="r", hashes=hashes)
+
+    def snapshot(*entries: pb.QueueEntry, epoch: int = 1, namespace_id: int = 1) -> pb.UpdateQueueRequest:
+        queue = pb.QueueSnapshot(entries=entries)
+        return pb.UpdateQueueRequest(namespace_id=namespace_id, epoch=epoch, snapshot=queue)
+
+    def hint(**of: Any) -> pb.HintSessionsRequest:
+        return pb.HintSessionsRequest(namespace_id=1, hints=[pb.SessionHint(**of)])
+
+    queues = [
+        (snapshot(entry, epoch=0), "epoch"),
+        (pb.UpdateQueueRequest(namespace_id=1, epoch=1), "update"),
+        (pb.UpdateQueueRequest(namespace_id=1, epoch=1, delta=pb.QueueDelta()), "sequence"),
+        (snapshot(pb.QueueEntry(hashes=hashes)), "request_id"),
+        (snapshot(pb.QueueEntry(request_id=long)), "request_id"),
+        (snapshot(pb.QueueEntry(request_id="r", session_id=long)), "session_id"),
+        (snapshot(pb.QueueEntry(request_id="r", prefix_request_id=long)), "prefix_request_id"),
+        (snapshot(pb.QueueEntry(request_id="r", hashes=b"short")), "hashes"),
+        (snapshot(pb.QueueEntry(request_id="r", hashes=packed(chain("a", HASHES_MAX + 1)))), "hashes"),
+        (snapshot(entry, entry), "request_id"),
+        (snapshot(*(pb.QueueEntry(request_id=str(number)) for number in range(QUEUE_MAX + 1))), "entries"),
+    ]
+    sessions = [
+        (pb.HintSessionsRequest(namespace_id=1), "number of hints"),
+        (hint(session_id="s"), "hint"),
+        (hint(typing=pb.Typing()), "session_id"),
+        (hint(session_id=long, finished=pb.Finished()), "session_id"),
+        (pb.HintSessionsRequest(namespace_id=1, hints=[pb.SessionHint(session_id="s")] * 257), "number of hints"),
+    ]
+    speeds = [float("nan"), float("inf"), -1.0]
+    plans = [pb.PlanLoadRequest(namespace_id=1, hashes=hashes, prefill_tokens_per_s=speed) for speed in speeds]
+    return [
+        *(("UpdateQueue", request, INVALID, field) for request, field in queues),
+        *(("HintSessions", request, INVALID, field) for request, field in sessions),
+        *(("PlanLoad", request, INVALID, "prefill_tokens_per_s") for request in plans),
+        ("UpdateQueue", snapshot(entry, namespace_id=2), NAMESPACE_UNKNOWN, ""),
+        ("PlanLoad", pb.PlanLoadRequest(namespace_id=2, hashes=hashes), NAMESPACE_UNKNOWN, ""),
+        (
+            "HintSessions",
+            pb.HintSessionsRequest(namespace_id=2, hints=[pb.SessionHint(session_id="s", typing=pb.Typing())]),
+            NAMESPACE_UNKNOWN,
+            "",
+        ),
+    ]
+
+
 def test_a_wrong_call_is_refused_by_name_and_changes_nothing(
     make_daemon_thread: MakeDaemonThread, make_connection: MakeConnection
 ) -> None:
-    daemon = make_daemon_thread(hashes_per_call_max=HASHES_MAX)
+    daemon = make_daemon_thread(hashes_per_call_max=HASHES_MAX, queue_entries_max=QUEUE_MAX)
     connection = make_connection(daemon.socket_dir, namespace())
     connection.save(chain("held", 4))
     connection.save(chain("second", 4))
     before = books(daemon)
-    for method, request, (code, reason), field in [*wrong_hashes(), *wrong_namespaces(), *wrong_otherwise()]:
+    wrong = [*wrong_hashes(), *wrong_namespaces(), *wrong_otherwise(), *wrong_hints()]
+    for method, request, (code, reason), field in wrong:
         refused(lambda m=method, r=request: connection.call(m, r), code, reason, field=field)  # type: ignore[misc]  # bound now
         assert books(daemon) == before, (method, request)
     daemon.check()

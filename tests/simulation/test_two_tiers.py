@@ -7,6 +7,7 @@ with and without notice, damaged bytes on disk, a disk that goes away and comes 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from kvservice.blocks import DropReason
 from kvservice.errors import CapacityExhausted
+from kvservice.queues import Entry, QueueDelta, QueueSnapshot
 from kvservice.store import explain
 from kvservice.store.disks import DiskState
 from kvservice.store.outcomes import Held, Miss
@@ -25,7 +27,8 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
 STEPS = 120
-OPERATIONS = ["save"] * 4 + ["load"] * 5 + ["prefetch", "flush", "forget", "crash", "stop", "damage", "offline"]
+OPERATIONS = ["save"] * 4 + ["load"] * 5 + ["queue"] * 3
+OPERATIONS += ["prefetch", "flush", "forget", "crash", "stop", "damage", "offline"]
 
 
 def damage(directory: Path, chance: random.Random) -> None:
@@ -44,12 +47,10 @@ def damage(directory: Path, chance: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_path: Path) -> None:
-    chance = random.Random(seed)
+    chance, epochs = random.Random(seed), itertools.count(1)
 
     async def one_step(node: Node, lengths: dict[str, int]) -> None:
-        match chance.choice(
-            ["save"] * 4 + ["load"] * 5 + ["prefetch", "flush", "forget", "crash", "stop", "damage", "offline"]
-        ):
+        match chance.choice(OPERATIONS):
             case "save":
                 name = f"c{chance.randrange(12)}"
                 lengths[name] = min(14, lengths.get(name, 0) + chance.randrange(1, 6))
@@ -61,6 +62,16 @@ def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_
             case "prefetch" if lengths:
                 name = chance.choice(sorted(lengths))
                 await node.store.prefetch(node.engine.peer, 1, b"".join(chain(name, lengths[name])))
+            case "queue":
+                names = chance.sample(sorted(lengths), chance.randrange(min(5, len(lengths) + 1)))
+                entries = [Entry(name, b"".join(chain(name, 14))) for name in names]
+                epoch = next(epochs)
+                node.store.waiting.update(node.engine.peer, node.engine.namespace, QueueSnapshot(epoch, entries))
+                if names:
+                    delta = QueueDelta(epoch, 1, started=names[:1])
+                    await node.store.prefetching.round()
+                    node.store.waiting.update(node.engine.peer, node.engine.namespace, delta)
+                await node.store.prefetching.round()
             case "flush":
                 await node.flush()
             case "forget" if lengths:

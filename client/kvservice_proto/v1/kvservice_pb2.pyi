@@ -39,6 +39,13 @@ class RefusedReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSED_REASON_UNSPECIFIED: _ClassVar[RefusedReason]
     REFUSED_REASON_PARENT_MISSING: _ClassVar[RefusedReason]
 
+class QueueOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    QUEUE_OUTCOME_UNSPECIFIED: _ClassVar[QueueOutcome]
+    QUEUE_OUTCOME_APPLIED: _ClassVar[QueueOutcome]
+    QUEUE_OUTCOME_OUTDATED: _ClassVar[QueueOutcome]
+    QUEUE_OUTCOME_SNAPSHOT_WANTED: _ClassVar[QueueOutcome]
+
 class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
@@ -76,6 +83,10 @@ DROP_REASON_PREFIX_LOST: DropReason
 DROP_REASON_ABORTED: DropReason
 REFUSED_REASON_UNSPECIFIED: RefusedReason
 REFUSED_REASON_PARENT_MISSING: RefusedReason
+QUEUE_OUTCOME_UNSPECIFIED: QueueOutcome
+QUEUE_OUTCOME_APPLIED: QueueOutcome
+QUEUE_OUTCOME_OUTDATED: QueueOutcome
+QUEUE_OUTCOME_SNAPSHOT_WANTED: QueueOutcome
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INVALID_REQUEST: ErrorReason
 ERROR_REASON_NAMESPACE_UNKNOWN: ErrorReason
@@ -178,16 +189,22 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., daemon_epoch: _Optional[str] = ..., instance_id: _Optional[int] = ..., namespace_ids: _Optional[_Iterable[int]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., planes: _Optional[str] = ..., segment_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("hashes_per_call_max", "leases_per_instance_max", "reservations_per_instance_max", "lease_ms_max")
+    __slots__ = ("hashes_per_call_max", "leases_per_instance_max", "reservations_per_instance_max", "lease_ms_max", "queue_entries_max", "queue_blocks_max", "session_hints_max")
     HASHES_PER_CALL_MAX_FIELD_NUMBER: _ClassVar[int]
     LEASES_PER_INSTANCE_MAX_FIELD_NUMBER: _ClassVar[int]
     RESERVATIONS_PER_INSTANCE_MAX_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_MAX_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_ENTRIES_MAX_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_BLOCKS_MAX_FIELD_NUMBER: _ClassVar[int]
+    SESSION_HINTS_MAX_FIELD_NUMBER: _ClassVar[int]
     hashes_per_call_max: int
     leases_per_instance_max: int
     reservations_per_instance_max: int
     lease_ms_max: int
-    def __init__(self, hashes_per_call_max: _Optional[int] = ..., leases_per_instance_max: _Optional[int] = ..., reservations_per_instance_max: _Optional[int] = ..., lease_ms_max: _Optional[int] = ...) -> None: ...
+    queue_entries_max: int
+    queue_blocks_max: int
+    session_hints_max: int
+    def __init__(self, hashes_per_call_max: _Optional[int] = ..., leases_per_instance_max: _Optional[int] = ..., reservations_per_instance_max: _Optional[int] = ..., lease_ms_max: _Optional[int] = ..., queue_entries_max: _Optional[int] = ..., queue_blocks_max: _Optional[int] = ..., session_hints_max: _Optional[int] = ...) -> None: ...
 
 class Pong(_message.Message):
     __slots__ = ()
@@ -443,6 +460,144 @@ class Started(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class UpdateQueueRequest(_message.Message):
+    __slots__ = ("namespace_id", "epoch", "snapshot", "delta")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    epoch: int
+    snapshot: QueueSnapshot
+    delta: QueueDelta
+    def __init__(self, namespace_id: _Optional[int] = ..., epoch: _Optional[int] = ..., snapshot: _Optional[_Union[QueueSnapshot, _Mapping]] = ..., delta: _Optional[_Union[QueueDelta, _Mapping]] = ...) -> None: ...
+
+class QueueSnapshot(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[QueueEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[QueueEntry, _Mapping]]] = ...) -> None: ...
+
+class QueueDelta(_message.Message):
+    __slots__ = ("sequence", "started_ids", "removed_ids", "moves", "additions")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    STARTED_IDS_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_IDS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    ADDITIONS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    started_ids: _containers.RepeatedScalarFieldContainer[str]
+    removed_ids: _containers.RepeatedScalarFieldContainer[str]
+    moves: _containers.RepeatedCompositeFieldContainer[QueueMove]
+    additions: _containers.RepeatedCompositeFieldContainer[QueueAddition]
+    def __init__(self, sequence: _Optional[int] = ..., started_ids: _Optional[_Iterable[str]] = ..., removed_ids: _Optional[_Iterable[str]] = ..., moves: _Optional[_Iterable[_Union[QueueMove, _Mapping]]] = ..., additions: _Optional[_Iterable[_Union[QueueAddition, _Mapping]]] = ...) -> None: ...
+
+class QueueMove(_message.Message):
+    __slots__ = ("request_id", "position")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    position: int
+    def __init__(self, request_id: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
+
+class QueueAddition(_message.Message):
+    __slots__ = ("position", "entry")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    entry: QueueEntry
+    def __init__(self, position: _Optional[int] = ..., entry: _Optional[_Union[QueueEntry, _Mapping]] = ...) -> None: ...
+
+class QueueEntry(_message.Message):
+    __slots__ = ("request_id", "session_id", "hashes", "prefix_request_id", "prefix_blocks", "new_tokens", "priority")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    session_id: str
+    hashes: bytes
+    prefix_request_id: str
+    prefix_blocks: int
+    new_tokens: int
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., hashes: _Optional[bytes] = ..., prefix_request_id: _Optional[str] = ..., prefix_blocks: _Optional[int] = ..., new_tokens: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class UpdateQueueResponse(_message.Message):
+    __slots__ = ("outcome", "epoch", "sequence")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    outcome: QueueOutcome
+    epoch: int
+    sequence: int
+    def __init__(self, outcome: _Optional[_Union[QueueOutcome, str]] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class HintSessionsRequest(_message.Message):
+    __slots__ = ("namespace_id", "hints")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    HINTS_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    hints: _containers.RepeatedCompositeFieldContainer[SessionHint]
+    def __init__(self, namespace_id: _Optional[int] = ..., hints: _Optional[_Iterable[_Union[SessionHint, _Mapping]]] = ...) -> None: ...
+
+class SessionHint(_message.Message):
+    __slots__ = ("session_id", "resumes_in_ms", "typing", "finished")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    TYPING_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    resumes_in_ms: int
+    typing: Typing
+    finished: Finished
+    def __init__(self, session_id: _Optional[str] = ..., resumes_in_ms: _Optional[int] = ..., typing: _Optional[_Union[Typing, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+
+class Typing(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HintSessionsResponse(_message.Message):
+    __slots__ = ("known",)
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    known: int
+    def __init__(self, known: _Optional[int] = ...) -> None: ...
+
+class PlanLoadRequest(_message.Message):
+    __slots__ = ("namespace_id", "hashes", "prefill_tokens_per_s", "copy_bytes_per_s")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COPY_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    hashes: bytes
+    prefill_tokens_per_s: float
+    copy_bytes_per_s: float
+    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., prefill_tokens_per_s: _Optional[float] = ..., copy_bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class PlanLoadResponse(_message.Message):
+    __slots__ = ("load_blocks", "hit_blocks", "dram_blocks", "miss", "load_s", "recompute_s")
+    LOAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DRAM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    load_blocks: int
+    hit_blocks: int
+    dram_blocks: int
+    miss: MissReason
+    load_s: float
+    recompute_s: float
+    def __init__(self, load_blocks: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., dram_blocks: _Optional[int] = ..., miss: _Optional[_Union[MissReason, str]] = ..., load_s: _Optional[float] = ..., recompute_s: _Optional[float] = ...) -> None: ...
+
 class ForgetRequest(_message.Message):
     __slots__ = ("namespace_id", "session_id", "whole_namespace")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -548,7 +703,7 @@ class NamespaceStats(_message.Message):
     def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
-    __slots__ = ("instance_id", "name", "tenant", "process_id", "attached_s", "leases", "reservations", "quarantined_slots")
+    __slots__ = ("instance_id", "name", "tenant", "process_id", "attached_s", "leases", "reservations", "quarantined_slots", "queued_requests")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -557,6 +712,7 @@ class InstanceStats(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     instance_id: int
     name: str
     tenant: str
@@ -565,7 +721,8 @@ class InstanceStats(_message.Message):
     leases: int
     reservations: int
     quarantined_slots: int
-    def __init__(self, instance_id: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., process_id: _Optional[int] = ..., attached_s: _Optional[float] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_slots: _Optional[int] = ...) -> None: ...
+    queued_requests: int
+    def __init__(self, instance_id: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., process_id: _Optional[int] = ..., attached_s: _Optional[float] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("hash", "fingerprint")

@@ -79,6 +79,21 @@ class KVCacheServiceStub(object):
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchRequest.SerializeToString,
                 response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchResponse.FromString,
                 _registered_method=True)
+        self.UpdateQueue = channel.unary_unary(
+                '/kvservice.v1.KVCacheService/UpdateQueue',
+                request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UpdateQueueRequest.SerializeToString,
+                response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UpdateQueueResponse.FromString,
+                _registered_method=True)
+        self.HintSessions = channel.unary_unary(
+                '/kvservice.v1.KVCacheService/HintSessions',
+                request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.HintSessionsRequest.SerializeToString,
+                response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.HintSessionsResponse.FromString,
+                _registered_method=True)
+        self.PlanLoad = channel.unary_unary(
+                '/kvservice.v1.KVCacheService/PlanLoad',
+                request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PlanLoadRequest.SerializeToString,
+                response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PlanLoadResponse.FromString,
+                _registered_method=True)
         self.Forget = channel.unary_unary(
                 '/kvservice.v1.KVCacheService/Forget',
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.ForgetRequest.SerializeToString,
@@ -164,6 +179,28 @@ class KVCacheServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateQueue(self, request, context):
+        """What the engine will need next: its waiting queue of one namespace, whole or what
+        changed. Steers fetching and eviction; a hint, never a promise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HintSessions(self, request, context):
+        """What an application knows of conversations that are idle.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanLoad(self, request, context):
+        """How many leading blocks to load rather than to recompute. Read-only, like Lookup.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forget(self, request, context):
         """Drop a session's or a whole namespace's blocks.
         """
@@ -232,6 +269,21 @@ def add_KVCacheServiceServicer_to_server(servicer, server):
                     servicer.Prefetch,
                     request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchRequest.FromString,
                     response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchResponse.SerializeToString,
+            ),
+            'UpdateQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateQueue,
+                    request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UpdateQueueRequest.FromString,
+                    response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UpdateQueueResponse.SerializeToString,
+            ),
+            'HintSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.HintSessions,
+                    request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.HintSessionsRequest.FromString,
+                    response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.HintSessionsResponse.SerializeToString,
+            ),
+            'PlanLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanLoad,
+                    request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PlanLoadRequest.FromString,
+                    response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PlanLoadResponse.SerializeToString,
             ),
             'Forget': grpc.unary_unary_rpc_method_handler(
                     servicer.Forget,
@@ -492,6 +544,87 @@ class KVCacheService(object):
             '/kvservice.v1.KVCacheService/Prefetch',
             kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchRequest.SerializeToString,
             kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.KVCacheService/UpdateQueue',
+            kvservice__proto_dot_v1_dot_kvservice__pb2.UpdateQueueRequest.SerializeToString,
+            kvservice__proto_dot_v1_dot_kvservice__pb2.UpdateQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HintSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.KVCacheService/HintSessions',
+            kvservice__proto_dot_v1_dot_kvservice__pb2.HintSessionsRequest.SerializeToString,
+            kvservice__proto_dot_v1_dot_kvservice__pb2.HintSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.KVCacheService/PlanLoad',
+            kvservice__proto_dot_v1_dot_kvservice__pb2.PlanLoadRequest.SerializeToString,
+            kvservice__proto_dot_v1_dot_kvservice__pb2.PlanLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,
