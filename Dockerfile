@@ -3,12 +3,12 @@
 #
 #   docker build --build-arg VARIANT=cpu  --tag kvservice:0.1.0-cpu  --target daemon .
 #   docker build --build-arg VARIANT=cuda --tag kvservice:0.1.0-cuda --target daemon .
-#   docker build --build-arg ENGINE_IMAGE=vllm/vllm-openai:v0.11.0 --tag kvservice-vllm:0.1.0-cuda --target engine .
+#   docker build --build-arg ENGINE_IMAGE=vllm/vllm-openai:v0.32.0 --tag kvservice-vllm:0.1.0-cuda --target engine .
 #
 # BASE_IMAGE should be pinned by digest where images are released. scripts/build_image_in_chroot.py runs the stages of
 # the daemon without a container engine.
 ARG BASE_IMAGE=debian:12.11-slim
-ARG ENGINE_IMAGE=vllm/vllm-openai:v0.11.0
+ARG ENGINE_IMAGE=vllm/vllm-openai:v0.32.0
 
 # --------------------------------------------------------------------------- a virtual environment, and the wheel in it
 FROM ${BASE_IMAGE} AS build

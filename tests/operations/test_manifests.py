@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.blocks import namespace
 from tests.certificates import Authority
@@ -23,6 +26,7 @@ from tests.engines import EngineProcess
 from tests.operations.manifests import (
     EXAMPLES,
     OVERLAYS,
+    ROOT,
     Manifest,
     config_of,
     daemon_container,
@@ -42,6 +46,8 @@ pytestmark = [pytest.mark.operations, pytest.mark.timeout(120)]
 VERSIONS = ("1.35", "1.36", "1.37")
 OVERHEAD_BYTES = 2 << 30
 """Memory of the container besides the arena: the index of a full NVMe tier, history, buffers, Python."""
+ADAPTERS = ROOT / "engine_adapters"
+CONFIG = ROOT / "k8s" / "base" / "kvservice.toml"
 STOP_MARGIN_S = 5.0
 ENGINE_STOP_S = 60.0
 """What a sidecar leaves the engine, which ends before it and within the same grace period."""
@@ -190,6 +196,28 @@ def test_probes_and_services_point_at_ports_that_the_configuration_serves(name: 
     assert selected.items() <= workload["spec"]["template"]["metadata"]["labels"].items()
 
 
+@pytest.mark.parametrize("name", ["sidecar", "cpu", *EXAMPLES])
+def test_engines_load_the_connector_that_there_is_and_never_fail_for_it(name: str) -> None:
+    (pod,) = pods(example(name) if name in EXAMPLES else rendered(f"overlays/{name}"))
+    (engine,) = pod["containers"]
+    config = json.loads(engine["args"][engine["args"].index("--kv-transfer-config") + 1])
+    path = ADAPTERS / f"{config['kv_connector_module_path'].replace('.', '/')}.py"
+    classes = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)}
+    assert config["kv_connector"] in classes
+    assert config["kv_load_failure_policy"] == "recompute"
+    (directory,) = {environment_of(engine)["KVSERVICE_SOCKET_DIR"]}
+    assert directory == tomllib.loads(CONFIG.read_text(encoding="utf-8"))["socket_dir"]
+    assert any(directory.startswith(mount["mountPath"]) for mount in engine["volumeMounts"])
+
+
+def test_the_engine_image_has_a_vllm_that_the_connector_accepts() -> None:
+    versions = set(re.findall(r"vllm/vllm-openai:v([0-9.]+)", (ROOT / "Dockerfile").read_text(encoding="utf-8")))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (requirement,) = project["optional-dependencies"]["vllm"]
+    assert versions
+    assert all(Requirement(requirement).specifier.contains(version) for version in versions)
+
+
 def test_both_ways_run_the_daemon_alike() -> None:
     sidecar, daemonset = (daemon_container(rendered(f"overlays/{name}")) for name in ("sidecar", "daemonset"))
     assert sidecar.pop("restartPolicy") == "Always"
@@ -234,7 +262,7 @@ def test_the_daemon_starts_with_the_config_map_and_answers_the_probes(
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert daemon.get(container[probe]["httpGet"]["path"])[0] == 200
     assert daemon.get("/metrics")[0] == 200
-    assert "drain_s" in tomllib.loads(file.read_text(encoding="utf-8"))
+    assert bool(daemon.event("ready")["tcp_port"]) == ("KVSERVICE_TCP_ADDRESS" in environ)
     daemon.terminate()
     assert daemon.wait() == 0
 
