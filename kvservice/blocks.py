@@ -53,6 +53,8 @@ class DropReason(Enum):
     CORRUPT = "corrupt"
     PREFIX_LOST = "prefix_lost"
     ABORTED = "aborted"
+    SOURCE_LOST = "source_lost"
+    ALIAS_LIMIT = "alias_limit"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,15 @@ def session_key(session_id: str) -> bytes:
     return hashlib.blake2b(session_id.encode(), digest_size=32).digest()
 
 
+def owner_of(session: Hashable) -> int:
+    """64 bits of a session's key, not 0: the lock on blocks that only this session may use.
+
+    The second lock: the hashes of such blocks are salted with the session already.
+    """
+    assert isinstance(session, bytes), "sessions are known by their key"
+    return int.from_bytes(session[:8], "little") or 1
+
+
 class Sessions:
     """The sessions of one namespace, by their key."""
 
@@ -38,6 +47,7 @@ class Sessions:
         self._tips.move_to_end(session)
         for old in [old for old in tips if old in chain]:
             self._unmark(session, old)
+        tips.pop(tip, None)  # the last one used stands last
         tips[tip] = None
         self._by_tip.setdefault(tip, set()).add(session)
         if len(tips) > TIPS_PER_SESSION_MAX:
@@ -71,7 +81,7 @@ class Sessions:
         return tips
 
     def tips(self, session: Hashable) -> list[int]:
-        """The ends of the session's chains; none if it is unknown."""
+        """The ends of the session's chains, what it used last at the end; none if it is unknown."""
         return list(self._tips.get(session, ()))
 
     def of_tip(self, row: int) -> Collection[Hashable]:

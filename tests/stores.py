@@ -19,7 +19,8 @@ from kvservice.index import State
 from kvservice.instances import Identity, Notice, SegmentsChanged
 from kvservice.metrics import Metrics
 from kvservice.store import Namespace, Peer, Store
-from kvservice.store.outcomes import Granted, Looked, Reserved
+from kvservice.store.outcomes import Granted, Looked, Reserved, Truncated
+from kvservice.store.truncating import DropOldest, KeepRanges
 
 PAGE_BYTES = 4096
 HASH_BYTES = 16
@@ -123,6 +124,7 @@ class Engine:
         request_id: str = "",
         duration_s: float = 0.0,
         max_blocks: int = 0,
+        accepts_shifts: bool = False,
     ) -> Granted:
         return at_once(
             self.store.get(
@@ -133,7 +135,20 @@ class Engine:
                 request_id=request_id,
                 duration_s=duration_s,
                 max_blocks=max_blocks,
+                accepts_shifts=accepts_shifts,
             )
+        )
+
+    def truncate(
+        self,
+        session_id: str,
+        hashes: Sequence[bytes],
+        keep: KeepRanges | DropOldest,
+        *,
+        source: Sequence[bytes] = (),
+    ) -> Truncated:
+        return self.store.truncate(
+            self.peer, self.namespace_id, b"".join(source), keep, b"".join(hashes), session_id=session_id
         )
 
     async def put(
@@ -288,9 +303,11 @@ def _namespace_snapshot(namespace: Namespace) -> dict[str, Any]:
                 int(index.uses[row]),
                 float(index.last_used_s[row]),
                 namespace.sessions.is_tip(row),
+                int(index.source[row]),
             )
             for row in rows
         },
+        "aliases": len(namespace.aliases),
         "sessions": len(namespace.sessions),
         "holders": pool.holders.tolist(),
         "free": pool.free_slots,

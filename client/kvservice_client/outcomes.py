@@ -39,6 +39,7 @@ class Reason(Enum):
     CORRUPT = "corrupt"
     TIER_OFFLINE = "tier_offline"
     OVER_LIMIT = "over_limit"
+    OTHER_SESSION = "other_session"  # a truncated session's own blocks, which the call may not use
 
 
 # Most derived first.

@@ -112,6 +112,14 @@ _DROPS: Mapping[int, tuple[str, str]] = {
         "reserved but never committed: the writer gave up, died, or took longer than its lease",
         "Look in the engine's log for that time. If saves are slow rather than broken, raise lease_s.",
     ),
+    pb.DROP_REASON_SOURCE_LOST: (
+        "of a truncated conversation, and dropped because the block that had its bytes left",
+        "The conversation was not used for long enough: raise dram_bytes or nvme_bytes to keep more of them.",
+    ),
+    pb.DROP_REASON_ALIAS_LIMIT: (
+        "of a truncated conversation, and dropped because later truncations took its place",
+        "Raise aliases_per_session_max, aliases_per_instance_max or aliases_max if it was still wanted.",
+    ),
 }
 
 

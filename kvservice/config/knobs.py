@@ -258,6 +258,28 @@ class Config:
         at_least=1,
         at_most=100_000_000,
     )
+    aliases_per_session_max: int = knob(
+        16_384,
+        LIMITS,
+        "Blocks that one truncated conversation may name a second time, over all its truncations; beyond it the oldest "
+        "truncation is given up. A few hundred bytes each.",
+        at_least=1,
+        at_most=100_000_000,
+    )
+    aliases_per_instance_max: int = knob(
+        131_072,
+        LIMITS,
+        "The same, of all conversations that one engine process truncated, per namespace.",
+        at_least=1,
+        at_most=100_000_000,
+    )
+    aliases_max: int = knob(
+        262_144,
+        LIMITS,
+        "The same, of all conversations of a namespace; the one truncated or used longest ago loses its oldest.",
+        at_least=1,
+        at_most=100_000_000,
+    )
     explain_history_blocks: int = knob(
         65_536,
         LIMITS,

@@ -37,7 +37,7 @@ Key = TypeVar("Key")
 RPC_SECONDS_BUCKETS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.5, 2.0, 10.0)
 """From below one lookup to a call that waited for space."""
 
-MISS_REASONS = ("not_held", "being_written", "prefix_missing", "corrupt", "tier_offline", "over_limit")
+MISS_REASONS = ("not_held", "being_written", "prefix_missing", "corrupt", "tier_offline", "over_limit", "other_session")
 """The contract's MissReason, in its order, without the first (unspecified)."""
 
 CANCELLED = "cancelled"

@@ -2,7 +2,7 @@
 
 from kvservice.nvme.files import Files, RealFiles
 from kvservice.nvme.format import RecordKind, record, records_array
-from kvservice.nvme.results import ReadJob, ReadResult, Recovered, SegmentUse, WriteJob
+from kvservice.nvme.results import ReadJob, ReadResult, Recovered, RecoveredAlias, SegmentUse, WriteJob
 from kvservice.nvme.segments import PLACE_BITS
 from kvservice.nvme.throttle import Throttle
 from kvservice.nvme.volume import Volume
@@ -15,6 +15,7 @@ __all__ = [
     "RealFiles",
     "RecordKind",
     "Recovered",
+    "RecoveredAlias",
     "SegmentUse",
     "Throttle",
     "Volume",

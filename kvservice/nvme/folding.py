@@ -11,12 +11,12 @@ _SESSION_SHARE = 4
 
 
 def sessions_max(live: int) -> int:
-    """How many sessions' ends are kept beside that many blocks: a client may invent any number of sessions."""
+    """How many sessions' ends, and how many aliases, are kept beside that many blocks: clients may invent any."""
     return max(_SESSIONS_MIN, live // _SESSION_SHARE)
 
 
 def fold_records(records: np.ndarray) -> np.ndarray:
-    """The records that still say something: one STORED per live extent, with its last touch, and sessions' ends.
+    """The records that still say something: one STORED per live extent, with its last touch, sessions' ends, aliases.
 
     An extent has the block that was stored there last, and a block is where it was stored last: where it
     was before is nobody's, also if the record that said so is lost or the block has left since.
@@ -41,7 +41,13 @@ def fold_records(records: np.ndarray) -> np.ndarray:
     sessions = np.flatnonzero(kinds == RecordKind.SESSION)
     at, known = _find(in_order, extents[sessions])
     kept = sessions[known][sessions[known] > stored[order[at[known]]]]
-    folded: np.ndarray = np.concatenate((live, _last_sessions(records[kept])[-sessions_max(len(live)) :]))
+    aliases = np.flatnonzero((kinds == RecordKind.ALIASED) | (kinds == RecordKind.UNALIASED))
+    at, known = _find(in_order, extents[aliases])
+    named = _last_of_each_hash(records[aliases[known][aliases[known] > stored[order[at[known]]]]])
+    named = named[named["kind"] == RecordKind.ALIASED]
+    ends = _last_of_each_hash(records[kept])
+    bound = sessions_max(len(live))
+    folded: np.ndarray = np.concatenate((live, ends[-bound:], named[-bound:]))
     return folded
 
 
@@ -70,12 +76,12 @@ def _block_keys(records: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def _last_sessions(ends: np.ndarray) -> np.ndarray:
-    """Each session's last end; earlier ends are in front of it, or were given up."""
+def _last_of_each_hash(records: np.ndarray) -> np.ndarray:
+    """The last record of each hash of a namespace: a session's end (earlier ones are in front of it), an alias."""
     last: dict[bytes, int] = {}
-    for position in range(len(ends)):
-        last[ends["namespace"][position].tobytes() + ends["hash"][position].tobytes()] = position
-    return ends[sorted(last.values())]
+    for position in range(len(records)):
+        last[records["namespace"][position].tobytes() + records["hash"][position].tobytes()] = position
+    return records[sorted(last.values())]
 
 
 def _last_of_each(keys: np.ndarray, places: np.ndarray) -> np.ndarray:

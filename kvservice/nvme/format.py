@@ -40,6 +40,8 @@ class RecordKind(IntEnum):
     DROPPED = 2  # the extent's block is gone for good
     TOUCHED = 3  # the block was used then; so were all blocks before it
     SESSION = 4  # `hash` is a session's digest; it ends at the extent's block
+    ALIASED = 5  # `hash`, behind `parent`, is the extent's block too; `checksum` is the owner, `uses` the block's depth
+    UNALIASED = 6  # not any more
 
 
 RECORD = np.dtype(

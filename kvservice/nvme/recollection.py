@@ -12,7 +12,7 @@ from kvservice.blocks import NamespaceSpec
 from kvservice.nvme.directory import segment_ids, segment_path
 from kvservice.nvme.files import Files
 from kvservice.nvme.format import PAGE_BYTES, RecordKind, SegmentHeader, leading_bytes, short_digest
-from kvservice.nvme.results import Recovered
+from kvservice.nvme.results import Recovered, RecoveredAlias
 from kvservice.nvme.segments import Segment, file_bytes, place_of, segment_of
 
 
@@ -99,9 +99,27 @@ def recollect(
         uses=stored["uses"].copy(),
         last_used_s=stored["last_used_s"].copy(),
         sessions=sessions,
+        aliases=_aliases(by_short, records[records["kind"] == RecordKind.ALIASED]),
         damaged_pages=damaged_pages,
     )
     return Recollection(recovered, lost)
+
+
+def _aliases(by_short: Mapping[int, int], records: np.ndarray) -> list[RecoveredAlias]:
+    return [
+        RecoveredAlias(at, block_hash, parent, depth, extent, source_depth, owner)
+        for at, block_hash, parent, depth, extent, source_depth, owner in zip(
+            _positions(by_short, records["namespace"]).tolist(),
+            leading_bytes(records["hash"], records["hash_size"]),
+            leading_bytes(records["parent"], records["hash_size"] * (records["has_parent"] > 0)),
+            records["depth"].tolist(),
+            records["extent"].tolist(),
+            records["uses"].tolist(),
+            records["checksum"].tolist(),
+            strict=True,
+        )
+        if at >= 0
+    ]
 
 
 def _positions(by_short: Mapping[int, int], column: np.ndarray) -> np.ndarray:

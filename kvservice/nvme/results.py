@@ -53,6 +53,19 @@ class SegmentUse:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveredAlias:
+    """A second name of an extent's block, for one session only."""
+
+    namespace_index: int
+    block_hash: bytes
+    parent_hash: bytes
+    depth: int
+    extent: int
+    source_depth: int
+    owner: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """What a volume remembers, as parallel columns; order means nothing."""
 
@@ -66,4 +79,5 @@ class Recovered:
     uses: np.ndarray
     last_used_s: np.ndarray
     sessions: list[tuple[int, bytes, int]]
+    aliases: list[RecoveredAlias]
     damaged_pages: int

@@ -105,7 +105,7 @@ class Volume:
             CapacityExhausted: the volume's bound leaves no room.
         """
         # Each block has a record in the old checkpoint and in the new, and so may a quarter as many sessions.
-        if (self._segments.live + count) * _RECORD_BYTES_ON_DISK * 5 // 4 > self._journal_bytes // 4:
+        if (self._segments.live + count) * _RECORD_BYTES_ON_DISK * 6 // 4 > self._journal_bytes // 4:
             raise CapacityExhausted(f"{self._segments.live} blocks fill the index of {self.directory}")
         digest = namespace_digest(spec)
         if digest not in self._specs:

@@ -48,6 +48,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             ("Put", self._put),
             ("Commit", self._commit),
             ("Abort", self._abort),
+            ("Truncate", self._truncate),
             ("Prefetch", self._prefetch),
             ("UpdateQueue", self._update_queue),
             ("HintSessions", self._hint_sessions),
@@ -123,6 +124,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             duration_s=request.lease_ms / 1000,
             max_blocks=request.max_blocks,
             attempt_id=request.attempt_id,
+            accepts_shifts=request.accepts_shifts,
         )
 
     def _renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
@@ -163,6 +165,17 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
 
     def _abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         return pb.AbortResponse(expired=self._store.abort(self._instance(context), request.reservation_id))
+
+    def _truncate(self, request: pb.TruncateRequest, context: Context) -> pb.TruncateResponse:
+        truncated = self._store.truncate(
+            self._instance(context),
+            request.namespace_id,
+            request.source,
+            messages.kept_part(request),
+            request.hashes,
+            session_id=require_text(request.session_id, "session_id"),
+        )
+        return messages.truncate_response(truncated)
 
     async def _prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
         prefetched = await self._store.prefetch(self._instance(context), request.namespace_id, request.hashes)
@@ -256,6 +269,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
                 queue_entries_max=config.queue_entries_max,
                 queue_blocks_max=config.queue_blocks_max,
                 session_hints_max=hints.SESSION_HINTS_MAX,
+                aliases_per_session_max=config.aliases_per_session_max,
             ),
             planes=PLANES,
             segment_ids=segment_ids,

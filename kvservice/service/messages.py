@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec, Slots, Tenant, Tier
 from kvservice.dram import SlotPool
 from kvservice.errors import InvalidRequest
 from kvservice.store import outcomes
 from kvservice.store.explain import HASH_SIZE_BYTES_MAX, HASH_SIZE_BYTES_MIN
+from kvservice.store.truncating import DropOldest, KeepRanges
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 TEXT_LENGTH_MAX = 200
@@ -23,6 +25,11 @@ MISSES = {
     outcomes.Miss.OVER_LIMIT: pb.MISS_REASON_OVER_LIMIT,
     outcomes.Miss.CORRUPT: pb.MISS_REASON_CORRUPT,
     outcomes.Miss.TIER_OFFLINE: pb.MISS_REASON_TIER_OFFLINE,
+    outcomes.Miss.OTHER_SESSION: pb.MISS_REASON_OTHER_SESSION,
+}
+REFUSALS = {
+    outcomes.Written.PARENT_MISSING: pb.REFUSED_REASON_PARENT_MISSING,
+    outcomes.Written.OTHER_SESSION: pb.REFUSED_REASON_OTHER_SESSION,
 }
 DROPS = {
     DropReason.CAPACITY: pb.DROP_REASON_CAPACITY,
@@ -33,6 +40,8 @@ DROPS = {
     DropReason.CORRUPT: pb.DROP_REASON_CORRUPT,
     DropReason.PREFIX_LOST: pb.DROP_REASON_PREFIX_LOST,
     DropReason.ABORTED: pb.DROP_REASON_ABORTED,
+    DropReason.SOURCE_LOST: pb.DROP_REASON_SOURCE_LOST,
+    DropReason.ALIAS_LIMIT: pb.DROP_REASON_ALIAS_LIMIT,
 }
 
 
@@ -82,10 +91,10 @@ def handles(pool: SlotPool, slots: Slots) -> Iterable[tuple[int, pb.Handles]]:
 def lookup_response(looked: outcomes.Looked) -> pb.LookupResponse:
     """Lookup's answer."""
     response = pb.LookupResponse(hit_blocks=looked.hit_blocks)
-    if looked.dram_blocks:
-        response.runs.add(blocks=looked.dram_blocks, held=pb.TIER_DRAM)
-    if looked.dram_blocks < looked.hit_blocks:
-        response.runs.add(blocks=looked.hit_blocks - looked.dram_blocks, held=pb.TIER_NVME)
+    parts = ((0, looked.dram_blocks, pb.TIER_DRAM), (looked.dram_blocks, looked.hit_blocks, pb.TIER_NVME))
+    for start, end, tier in parts:
+        for blocks, shift in shift_runs(looked.shifts, start, end):
+            response.runs.add(blocks=blocks, held=tier, shift_tokens=shift)
     for blocks, miss in misses(looked.blocks - looked.hit_blocks, looked.miss):
         response.runs.add(blocks=blocks, miss=miss)
     return response
@@ -113,8 +122,17 @@ def get_response(granted: outcomes.Granted) -> pb.GetResponse:
 
 def add_handles(response: pb.GetResponse, granted: outcomes.Granted, start: int, end: int) -> None:
     """Hand out the blocks at positions start to end."""
-    for blocks, of_run in handles(granted.pool, granted.slots[start:end]):
-        response.runs.add(blocks=blocks, handles=of_run)
+    for shifted, shift in shift_runs(granted.shifts, start, end):
+        for blocks, of_run in handles(granted.pool, granted.slots[start : start + shifted]):
+            response.runs.add(blocks=blocks, handles=of_run, shift_tokens=shift)
+        start += shifted
+
+
+def shift_runs(shifts: Sequence[int], start: int, end: int) -> Iterable[tuple[int, int]]:
+    """(blocks, shift in tokens) of equal neighbours between two positions; no shifts: all are 0."""
+    if not shifts:
+        return [(end - start, 0)] if end > start else []
+    return [(sum(1 for _ in group), shift) for shift, group in groupby(shifts[start:end])]
 
 
 def add_misses(response: pb.GetResponse, blocks: int, first: outcomes.Miss) -> None:
@@ -132,7 +150,7 @@ def put_response(reserved: outcomes.Reserved) -> pb.PutResponse:
         elif written is outcomes.Written.BEING_WRITTEN:
             response.runs.add(blocks=blocks, being_written=pb.BeingWritten())
         else:
-            response.runs.add(blocks=blocks, refused=pb.Refused(reason=pb.REFUSED_REASON_PARENT_MISSING))
+            response.runs.add(blocks=blocks, refused=pb.Refused(reason=REFUSALS[written]))
     for blocks, of_run in handles(reserved.pool, reserved.slots):
         response.runs.add(blocks=blocks, reserved=of_run)
     return response
@@ -149,6 +167,31 @@ def commit_response(runs: Iterable[tuple[int, outcomes.Committed | DropReason]])
         elif isinstance(outcome, DropReason):
             response.runs.add(blocks=blocks, dropped=DROPS[outcome])
     return response
+
+
+def kept_part(request: pb.TruncateRequest) -> KeepRanges | DropOldest:
+    """What a Truncate keeps. Raises InvalidRequest if it does not say."""
+    match request.WhichOneof("keep"):
+        case "ranges":
+            return KeepRanges([(one.start, one.end) for one in request.ranges.ranges])
+        case "drop_ratio":
+            return DropOldest(request.drop_ratio, request.sink_blocks)
+        case _:
+            raise InvalidRequest("say what stays: ranges or drop_ratio", field="keep")
+
+
+def truncate_response(truncated: outcomes.Truncated) -> pb.TruncateResponse:
+    """Truncate's answer."""
+    is_all = truncated.held_blocks == sum(run.blocks for run in truncated.kept) and truncated.kept
+    return pb.TruncateResponse(
+        chain_blocks=truncated.chain_blocks,
+        kept_runs=[
+            pb.KeptRun(first_block=run.first_block, blocks=run.blocks, new_first_block=run.new_first_block)
+            for run in truncated.kept
+        ],
+        held_blocks=truncated.held_blocks,
+        miss=pb.MISS_REASON_UNSPECIFIED if is_all else MISSES[truncated.miss],
+    )
 
 
 def prefetch_response(prefetched: outcomes.Prefetched) -> pb.PrefetchResponse:

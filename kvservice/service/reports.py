@@ -69,6 +69,8 @@ def _namespace_stats(namespace: Namespace) -> pb.NamespaceStats:
         committed_blocks=counters.committed,
         evicted_blocks=sum(counters.dropped.get(reason, 0) for reason in _EVICTIONS),
         policy=namespace.policy.name,
+        aliases=len(namespace.aliases),
+        shifted_hit_blocks=counters.shifted_hits,
     )
 
 

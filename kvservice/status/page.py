@@ -25,6 +25,7 @@ MISS_MEANINGS: Mapping[str, str] = {
     "corrupt": "its bytes did not match their checksum; it was dropped",
     "tier_offline": "it is on a disk that is offline",
     "over_limit": "the caller's own limit, or no DRAM was free to read it into",
+    "other_session": "it belongs to a truncated session that the call did not name, or whose shifts it does not accept",
     "cancelled": "the caller ended the call before the block had arrived",
 }
 

@@ -144,7 +144,7 @@ class DiskSpace:
         for number, (row, extent) in enumerate(zip(rows.tolist(), extents, strict=True)):
             if number % _SLICE_BLOCKS == _SLICE_BLOCKS - 1:
                 await asyncio.sleep(0)  # others' calls; what they changed is looked at again
-            if index.extent[row] != extent or index.state[row] != State.RESIDENT:
+            if index.extent[row] != extent or index.state[row] < State.RESIDENT:
                 continue  # left meanwhile, by itself or behind another one
             if index.slot[row] == NO_SLOT or index.arriving[row]:
                 donor.drop_subtrees([row], DropReason.RECLAIMED, self._clock())

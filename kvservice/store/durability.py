@@ -83,12 +83,12 @@ class Durability:
             if namespace is not None:
                 self._journal.left(namespace, one.orphans)  # or a later start would find them again
             if namespace is None:
-                self._disks.release(one.index.extent[: len(one.index)].tolist())
+                self._disks.release(one.index.extent[one.coldest_first].tolist())
             else:
                 recovery.adopt(namespace, one, self._clock())
         for disk, _ in found:
             disk.state = DiskState.ONLINE
-        self.recovered_blocks = sum(len(one.index) for one in restored)
+        self.recovered_blocks = sum(len(one.coldest_first) for one in restored)
         self._write_what_waited()
 
     async def record(self) -> None:

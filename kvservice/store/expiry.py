@@ -22,7 +22,7 @@ def expire_slice(namespace: Namespace, now_s: float) -> int:
     index, cutoff_s = namespace.index, now_s - namespace.rule.ttl_s
     first = namespace.expiry_cursor if namespace.expiry_cursor < len(index.state) else 0
     span = slice(first, first + _ROWS_PER_SLICE)
-    due = (index.state[span] == State.RESIDENT) & (index.first_child[span] == NO_ROW)
+    due = (index.state[span] >= State.RESIDENT) & (index.first_child[span] == NO_ROW)
     due &= index.last_used_s[span] < cutoff_s
     dropped = 0
     for tip in (first + np.flatnonzero(due)).tolist():
@@ -41,7 +41,7 @@ def _is_due(namespace: Namespace, row: int, cutoff_s: float) -> bool:
     index = namespace.index
     slot = int(index.slot[row])
     return bool(
-        index.state[row] == State.RESIDENT
+        index.state[row] >= State.RESIDENT
         and index.first_child[row] == NO_ROW
         and index.last_used_s[row] < cutoff_s
         and (slot == NO_SLOT or namespace.pool.holders[slot] == 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Tenant, Tier
 from kvservice.errors import InvalidRequest
 from kvservice.index import State
@@ -62,8 +64,10 @@ def _finding(namespace: Namespace, block_hash: BlockHash, now_s: float) -> Findi
     index = namespace.index
     row = index.row_of(block_hash)
     if row != NO_ROW and index.state[row] == State.RESIDENT:
-        slot = int(index.slot[row])
-        is_durable = bool(index.extent[row] != NO_EXTENT and not index.dirty[row])  # written, flushed and recorded
+        of_bytes = int(index.bytes_rows(np.array([row]))[0])
+        slot = int(index.slot[of_bytes])
+        # Written, flushed and recorded.
+        is_durable = bool(index.extent[of_bytes] != NO_EXTENT and not index.dirty[of_bytes])
         tiers = (Tier.DRAM,) * (slot != NO_SLOT) + (Tier.NVME,) * is_durable
         return Held(
             tiers=tiers,
@@ -72,7 +76,7 @@ def _finding(namespace: Namespace, block_hash: BlockHash, now_s: float) -> Findi
             idle_s=max(0.0, now_s - float(index.last_used_s[row])),
             uses=int(index.uses[row]),
             holders=0 if slot == NO_SLOT else int(namespace.pool.holders[slot]),
-            is_checksummed=bool(index.checksummed[row]),
+            is_checksummed=bool(index.checksummed[of_bytes]),
         )
     if row != NO_ROW:
         age_s = max(0.0, now_s - float(index.last_used_s[row]))

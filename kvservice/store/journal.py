@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from kvservice.blocks import NO_EXTENT, NamespaceSpec, Rows
+from kvservice.blocks import NO_EXTENT, NO_ROW, NamespaceSpec, Rows
 from kvservice.nvme import RecordKind, record, records_array
 from kvservice.sessions import session_key
 from kvservice.store.disks import Disk, Disks
@@ -72,6 +72,30 @@ class Journal:
         """The session of that key ends at the extent's block."""
         assert isinstance(session, bytes), "sessions are known by their key"
         self._add(RecordKind.SESSION, namespace.spec, extent, block_hash=session)
+
+    def aliased(self, namespace: Namespace, rows: Rows) -> None:
+        """These rows are aliases; those whose source is on NVMe are remembered, the others with their source."""
+        for row, source in zip(rows.tolist(), namespace.index.source[rows].tolist(), strict=True):
+            extent = int(namespace.index.extent[source])
+            if extent != NO_EXTENT:
+                parent = int(namespace.index.parent[row])
+                self._add(
+                    RecordKind.ALIASED,
+                    namespace.spec,
+                    extent,
+                    block_hash=namespace.index.hash_of(row),
+                    parent=b"" if parent == NO_ROW else namespace.index.hash_of(parent),
+                    depth=int(namespace.index.depth[row]),
+                    uses=int(namespace.index.depth[source]),
+                    checksum=int(namespace.index.owner[row]),
+                )
+
+    def alias_left(self, namespace: Namespace, row: int) -> None:
+        """The alias is about to leave the index."""
+        extent = int(namespace.index.extent[namespace.index.source[row]])
+        if extent != NO_EXTENT:
+            block_hash = namespace.index.hash_of(row)
+            self._add(RecordKind.UNALIASED, namespace.spec, extent, block_hash=block_hash)
 
     async def append(self, disk: Disk) -> None:
         """Make the disk's pending records durable, in their order. Raises OSError: they are kept for later."""

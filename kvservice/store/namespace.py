@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvservice.aliases import Aliases
 from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, DropReason, NamespaceSpec, Rows, Slots
 from kvservice.config import NamespaceRule
 from kvservice.dram import SlotPool, slot_stride_bytes
@@ -32,6 +33,8 @@ class Counters:
     dram_hits: int = 0
     nvme_hits: int = 0
     misses: int = 0
+    shifted_hits: int = 0
+    """Of the hits, those whose keys the reader has to rotate."""
     committed: int = 0
     dropped: dict[DropReason, int] = field(default_factory=dict)
 
@@ -49,6 +52,8 @@ class Namespace:
     nvme_policy: EvictionPolicy
     """In which order blocks leave NVMe, and with it the store."""
     sessions: Sessions
+    aliases: Aliases
+    """What truncated conversations name a second time."""
     history: History
     pool: SlotPool
     window: Window = field(default_factory=Window)
@@ -59,6 +64,8 @@ class Namespace:
     """What is being read from NVMe, by row."""
     on_extents_left: Callable[[Namespace, list[int]], None] = field(default=lambda namespace, extents: None)
     """Told of the extents of blocks that left."""
+    on_alias_left: Callable[[Namespace, int], None] = field(default=lambda namespace, row: None)
+    """Told of an alias row that is about to leave."""
     last_used_s: float = 0.0
     expiry_cursor: int = 0
     """Where in the index the search for blocks whose time passed goes on."""
@@ -75,11 +82,12 @@ class Namespace:
         return slot_stride_bytes(self.spec.block_size_bytes)
 
     def touch(self, rows: Rows, now_s: float) -> None:
-        """A request used the chain `rows` (root first)."""
+        """A request used the chain `rows` (root first), and with it what its aliases stand for."""
         if len(rows):
-            self.index.last_used_s[rows] = now_s
-            self.policy.touch(rows, now_s)
-            self.nvme_policy.touch(rows, now_s)
+            of_bytes = self.index.bytes_rows(rows)
+            self.index.last_used_s[rows] = self.index.last_used_s[of_bytes] = now_s
+            self.policy.touch(of_bytes, now_s)
+            self.nvme_policy.touch(of_bytes, now_s)
             self.last_used_s = now_s
 
     def stored(self, rows: Rows, now_s: float) -> None:
@@ -97,7 +105,7 @@ class Namespace:
         Args:
             order: finite; smaller starts earlier.
         """
-        self._tell_needed(self.window.queue(request, rows, order))
+        self._tell_needed(self.window.queue(request, self.index.bytes_rows(rows), order))
 
     def unqueue(self, request: Hashable) -> None:
         """The request started or was cancelled; nothing happens where it is unknown."""
@@ -110,8 +118,9 @@ class Namespace:
     def expect(self, rows: Rows, at_s: float) -> None:
         """The application says when an idle conversation's rows will be used; infinite: never again."""
         if len(rows):
-            self.policy.expect(rows, at_s)
-            self.nvme_policy.expect(rows, at_s)
+            of_bytes = self.index.bytes_rows(rows)
+            self.policy.expect(of_bytes, at_s)
+            self.nvme_policy.expect(of_bytes, at_s)
 
     def swap_index(self, index: Index, moved: Mapping[int, int]) -> None:
         """Take another index into use; `moved` says which rows of it the present ones became."""
@@ -126,18 +135,21 @@ class Namespace:
         self.pool.unhold(slots)
         rows = rows[rows != NO_ROW]
         # Blocks that were passed over by eviction while held take their place in the order again.
-        self.policy.released(rows[self.index.state[rows] == State.RESIDENT])
+        self.policy.released(rows[self.index.state[rows] >= State.RESIDENT])
 
     def drop(self, row: int, reason: DropReason, now_s: float) -> None:
-        """Take out a block that has nothing behind it. Its slot is free at once unless held."""
+        """Take out a block that has nothing behind it, and its aliases. Its slot is free at once unless held."""
         index = self.index
-        parent, slot, extent = int(index.parent[row]), int(index.slot[row]), int(index.extent[row])
-        idle_s = max(0.0, now_s - float(index.last_used_s[row]))
+        self.drop_subtrees(self.aliases.of_source(row), DropReason.SOURCE_LOST, now_s)
+        slot, extent, source = int(index.slot[row]), int(index.extent[row]), int(index.source[row])
         memory = self.policy.forget(row)
         self.nvme_policy.forget(row)  # told the same as the other one, it would have the same remembered
-        self.history.remember(index.hash_of(row), Departure(reason, now_s, idle_s, memory))
-        self.metrics.evictions.evicted(reason, age_s=max(0.0, now_s - float(index.committed_at_s[row])), idle_s=idle_s)
-        self.sessions.row_left(row, parent)
+        if index.state[row] != State.UNNAMED:
+            self._lose_name(row, reason, now_s, memory)
+        if source != NO_ROW:
+            self.on_alias_left(self, row)
+            self.aliases.row_left(row)
+        parent = int(index.parent[row])
         self.window.forget(row)
         self.arrivals.pop(row, None)
         self._count_wasted(row)
@@ -148,8 +160,32 @@ class Namespace:
             self.on_extents_left(self, [extent])
         if parent != NO_ROW:
             self._expose(parent)
-        self.metrics.dropped_blocks[reason].inc()
-        self.counters.dropped[reason] = self.counters.dropped.get(reason, 0) + 1
+        if source == NO_ROW:
+            since_s = (float(index.committed_at_s[row]), float(index.last_used_s[row]))
+            age_s, idle_s = (max(0.0, now_s - at_s) for at_s in since_s)
+            self.metrics.evictions.evicted(reason, age_s=age_s, idle_s=idle_s)
+            self.metrics.dropped_blocks[reason].inc()
+            self.counters.dropped[reason] = self.counters.dropped.get(reason, 0) + 1
+        elif reason is not DropReason.SOURCE_LOST and index.state[source] == State.UNNAMED:
+            self.drop_subtrees([source] * (not self.aliases.of_source(source)), reason, now_s)
+
+    def _lose_name(self, row: int, reason: DropReason, now_s: float, memory: int = NO_MEMORY) -> None:
+        index = self.index
+        idle_s = max(0.0, now_s - float(index.last_used_s[row]))
+        self.history.remember(index.hash_of(row), Departure(reason, now_s, idle_s, memory))
+        self.sessions.row_left(row, int(index.parent[row]))
+
+    def _leave_chain(self, row: int, reason: DropReason, now_s: float) -> None:
+        """What is in front of the row leaves: so does the row, but for bytes that aliases of it still reach."""
+        if not self.aliases.of_source(row):
+            self.drop(row, reason, now_s)
+            return
+        parent = int(self.index.parent[row])
+        self._lose_name(row, reason, now_s)
+        self.index.unname(row)
+        self._expose(row)
+        if parent != NO_ROW:
+            self._expose(parent)
 
     def demote(self, row: int) -> None:
         """Let a block that is on NVMe too leave DRAM: no write, no loss."""
@@ -182,16 +218,22 @@ class Namespace:
             if self.index.state[top] == State.ABSENT:
                 continue  # went with another one's subtree
             for row in self.index.subtree(top):
+                if self.index.state[row] == State.ABSENT:
+                    continue  # an alias that went with its source
                 held += self._is_held(row)
-                dropped += 1
-                self.drop(row, reason if row == top else self._reason_behind(reason), now_s)
+                dropped += int(self.index.source[row] == NO_ROW)
+                if row == top:
+                    self.drop(row, reason, now_s)
+                else:
+                    self._leave_chain(row, self._reason_behind(reason), now_s)
         return dropped, held
 
     @staticmethod
     def _reason_behind(reason: DropReason) -> DropReason:
         # A whole session or segment going is the reason for each block of it; a single
         # block's fate is not that of the blocks behind it.
-        return DropReason.PREFIX_LOST if reason in (DropReason.CORRUPT, DropReason.ABORTED) else reason
+        own = (DropReason.CORRUPT, DropReason.ABORTED, DropReason.SOURCE_LOST)
+        return DropReason.PREFIX_LOST if reason in own else reason
 
     def evict(self, slots_wanted: int, reason: DropReason, now_s: float) -> int:
         """Free slots in the policy's order until that many more are free, or nothing may leave.
@@ -242,8 +284,9 @@ class Namespace:
             while row != NO_ROW and self._is_only_for_forgotten(row):
                 parent = int(self.index.parent[row])
                 held += self._is_held(row)
-                self.drop(row, DropReason.FORGOTTEN, now_s)
-                dropped, row = dropped + 1, parent
+                dropped += int(self.index.source[row] == NO_ROW)
+                self._leave_chain(row, DropReason.FORGOTTEN, now_s)
+                row = parent
         return dropped, held
 
     def forget_all(self, now_s: float) -> tuple[int, int]:
@@ -257,7 +300,7 @@ class Namespace:
         with its writer only, and what waiting requests need leaves DRAM only where it stays on NVMe.
         """
         owned = self.pool.row_of != NO_ROW
-        held = (self.pool.holders > 0) | (self.index.state[self.pool.row_of] != State.RESIDENT)
+        held = (self.pool.holders > 0) | (self.index.state[self.pool.row_of] < State.RESIDENT)
         if len(self.window):
             rows = self.pool.row_of[owned]
             held[owned] |= self.window.exempt(rows) & (self.index.extent[rows] == NO_EXTENT)
@@ -271,13 +314,18 @@ class Namespace:
                 if row in kept:
                     break
                 kept.add(row)
-        return int(np.count_nonzero(owned)) - len(kept)
+        in_dram = np.count_nonzero(self.index.slot[list(kept)] != NO_SLOT)
+        return int(np.count_nonzero(owned) - in_dram)
 
     def check(self) -> None:
         """Assert this namespace's invariants. For tests; O(n)."""
         self.index.check()
         self.pool.check()
         self.sessions.check()
+        aliases = np.flatnonzero(self.index.source != NO_ROW)
+        self.aliases.check(aliases.tolist(), self.index.source[aliases].tolist())
+        unnamed = np.flatnonzero(self.index.state == State.UNNAMED).tolist()
+        assert all(map(self.aliases.of_source, unnamed)), "bytes that nothing names"
         present = np.flatnonzero(self.index.state != State.ABSENT)
         present = present[self.index.slot[present] != NO_SLOT]
         slots = self.index.slot[present]
@@ -335,7 +383,7 @@ class Namespace:
         index = self.index
         slot = int(index.slot[row])
         return bool(
-            index.state[row] == State.RESIDENT
+            index.state[row] >= State.RESIDENT
             and slot != NO_SLOT
             and index.dram_children[row] == 0
             and not index.dirty[row]
@@ -345,7 +393,7 @@ class Namespace:
 
     def _may_leave_nvme(self, row: int) -> bool:
         index = self.index
-        if index.state[row] != State.RESIDENT or index.extent[row] == NO_EXTENT:
+        if index.state[row] < State.RESIDENT or index.extent[row] == NO_EXTENT:
             return False
         if index.arriving[row] or self.window.is_exempt(row):
             return False

@@ -22,6 +22,8 @@ class Miss(Enum):
     OVER_LIMIT = "over_limit"
     CORRUPT = "corrupt"
     TIER_OFFLINE = "tier_offline"
+    OTHER_SESSION = "other_session"
+    """The blocks are another session's own, or the caller does not rotate keys."""
 
 
 class Written(Enum):
@@ -30,6 +32,7 @@ class Written(Enum):
     HELD = "held"
     BEING_WRITTEN = "being_written"
     PARENT_MISSING = "parent_missing"
+    OTHER_SESSION = "other_session"
 
 
 class Committed(Enum):
@@ -52,6 +55,8 @@ class Looked:
     hit_blocks: int
     blocks: int
     miss: Miss
+    shifts: Sequence[int] = ()
+    """See Granted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,30 @@ class Granted:
     pending: Mapping[int, Arrival]
     nvme_blocks: int
     missed: int
+    miss: Miss
+    shifts: Sequence[int] = ()
+    """By how many tokens each block's keys must be rotated; empty: none of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRun:
+    """Truncate: `blocks` from `first_block` of the former chain on stay, at places from `new_first_block` on."""
+
+    first_block: int
+    blocks: int
+    new_first_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """Truncate: what stays of the chain's `chain_blocks`; the leading `held_blocks` of it can be read now.
+
+    `miss` says why the next one cannot.
+    """
+
+    chain_blocks: int
+    kept: Sequence[KeptRun]
+    held_blocks: int
     miss: Miss
 
 

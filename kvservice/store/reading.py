@@ -55,7 +55,8 @@ class Reading:
         if not self._disks.all_online:
             readable = self._readable(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
             hit, miss = (readable, Miss.TIER_OFFLINE) if readable < hit else (hit, miss)
-        return Looked(namespace.index.dram_length(chain, hit), hit, len(chain), miss)
+        shifts = requests.shift_tokens(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
+        return Looked(namespace.index.dram_length(chain, hit), hit, len(chain), miss, shifts)
 
     def plan_load(self, namespace: Namespace, packed: bytes, engine: Speeds) -> PlannedLoad:
         """How many leading blocks to load rather than to recompute; no side effect, like a lookup.
@@ -64,7 +65,7 @@ class Reading:
             engine: the engine's own speeds; the disks' are put in.
         """
         chain = self._chain(namespace, packed)
-        rows, miss = self._prefix(namespace, chain, 0)
+        rows, miss = self._prefix_bytes(namespace, chain)
         index = namespace.index
         to_read = (index.slot[rows] == NO_SLOT) | index.arriving[rows]
         in_dram = int(np.argmax(to_read)) if to_read.any() else len(rows)
@@ -89,6 +90,7 @@ class Reading:
         duration_s: float,
         max_blocks: int,
         attempt_id: int,
+        accepts_shifts: bool,
     ) -> Granted:
         """Lease the longest prefix; what is on NVMe only is being read when this returns.
 
@@ -101,12 +103,16 @@ class Reading:
             chain = self._chain(namespace, packed)
             self._holds.leases.require_room(HoldKind.READ, instance.instance_id, attempt_id=attempt_id)
             rows, miss = self._prefix(namespace, chain, limit)
-            on_nvme = namespace.index.slot[rows] == NO_SLOT
+            allowed = requests.own_length(namespace, rows, session_id if accepts_shifts else "")
+            if allowed < len(rows):
+                rows, miss = rows[:allowed], Miss.OTHER_SESSION
+            of_bytes = namespace.index.bytes_rows(rows)
+            on_nvme = namespace.index.slot[of_bytes] == NO_SLOT
             wanted = int(np.count_nonzero(on_nvme))
             if wanted <= namespace.pool.free_slots:
                 break
             try:
-                await self._make_room(namespace, rows[~on_nvme], wanted)
+                await self._make_room(namespace, of_bytes[~on_nvme], wanted)
             except CapacityExhausted:
                 # DRAM in use leaves room for a shorter prefix only; zero blocks would mean "all".
                 fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
@@ -124,13 +130,15 @@ class Reading:
         counters.misses += len(chain) - len(rows)
         if not len(rows):
             return Granted(0, 0.0, namespace.pool, (), rows, {}, 0, len(chain), miss)
-        slots = self._fetch(namespace, rows, on_nvme, Priority.GET)
-        self._promotion.used(namespace, rows)
+        slots = self._fetch(namespace, of_bytes, on_nvme, Priority.GET)
+        self._promotion.used(namespace, of_bytes)
         namespace.touch(rows, self._clock())
-        namespace.index.uses[rows] += 1
+        namespace.index.uses[of_bytes] += 1
         if session_id:
             namespace.sessions.extend(session_key(session_id), rows, int(rows[-1]))
-        self._journal.touched(namespace, rows, session_id)
+        self._journal.touched(namespace, of_bytes, session_id)
+        shifts = requests.shift_tokens(namespace, rows)
+        counters.shifted_hits += len(shifts) - shifts.count(0)
         hold_id, lease_s = self._holds.grant(
             HoldKind.READ,
             instance,
@@ -142,24 +150,25 @@ class Reading:
             attempt_id=attempt_id,
         )
         pending = {
-            int(position): namespace.arrivals[int(rows[position])]
-            for position in np.flatnonzero(namespace.index.arriving[rows])
+            int(position): namespace.arrivals[int(of_bytes[position])]
+            for position in np.flatnonzero(namespace.index.arriving[of_bytes])
         }
         missed = len(chain) - len(rows)
-        return Granted(hold_id, lease_s, namespace.pool, rows.tolist(), slots, pending, wanted, missed, miss)
+        granted = of_bytes.tolist()
+        return Granted(hold_id, lease_s, namespace.pool, granted, slots, pending, wanted, missed, miss, shifts)
 
     async def prefetch(self, namespace_of: Callable[[], Namespace], packed: bytes) -> Prefetched:
         """Start reading what is on NVMe only into free or evictable DRAM; nobody waits for it."""
         namespace = namespace_of()
         chain = self._chain(namespace, packed)
-        rows, miss = self._prefix(namespace, chain, 0)
+        rows, miss = self._prefix_bytes(namespace, chain)
         on_nvme = namespace.index.slot[rows] == NO_SLOT
         wanted = int(np.count_nonzero(on_nvme))
         if wanted > namespace.pool.free_slots:
             with suppress(CapacityExhausted):  # then as far as it fits
                 await self._make_room(namespace, rows[~on_nvme], wanted)
             namespace = namespace_of()
-            rows, miss = self._prefix(namespace, chain, 0)
+            rows, miss = self._prefix_bytes(namespace, chain)
             on_nvme = namespace.index.slot[rows] == NO_SLOT
             fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
             rows, on_nvme = rows[:fitting], on_nvme[:fitting]
@@ -191,11 +200,16 @@ class Reading:
             return rows[:readable], Miss.TIER_OFFLINE
         return rows, Miss.OVER_LIMIT if leased < hit else requests.miss_after(namespace, chain, hit)
 
+    def _prefix_bytes(self, namespace: Namespace, chain: Chain) -> tuple[Rows, Miss]:
+        rows, miss = self._prefix(namespace, chain, 0)
+        return namespace.index.bytes_rows(rows), miss
+
     def _readable(self, namespace: Namespace, rows: Rows) -> int:
         """How many leading rows are in DRAM or on a disk that is online."""
         if self._disks.all_online:
             return len(rows)
         index = namespace.index
+        rows = index.bytes_rows(rows)
         extents = index.extent[rows]
         lost = (index.slot[rows] == NO_SLOT) & (extents != NO_EXTENT)
         lost[lost] = ~self._disks.readable(extents[lost])

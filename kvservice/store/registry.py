@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvservice.aliases import AliasBounds, Aliases
 from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec
 from kvservice.config import Config
 from kvservice.dram import SlotPool, slot_stride_bytes
@@ -28,10 +29,12 @@ class Registry:
         clock: Callable[[], float],
         is_idle: Callable[[Namespace], bool],
         on_extents_left: Callable[[Namespace, list[int]], None],
+        on_alias_left: Callable[[Namespace, int], None],
     ) -> None:
         """Args:
         is_idle: whether nobody attached a namespace or holds slots of it.
         on_extents_left: told of extents whose blocks left.
+        on_alias_left: told of alias rows that are about to leave.
         """
         self.namespaces: dict[NamespaceKey, Namespace] = {}
         self.config = config
@@ -40,6 +43,12 @@ class Registry:
         self._metrics = metrics
         self._is_idle = is_idle
         self._on_extents_left = on_extents_left
+        self._on_alias_left = on_alias_left
+        self._alias_bounds = AliasBounds(
+            per_session=config.aliases_per_session_max,
+            per_instance=config.aliases_per_instance_max,
+            in_all=config.aliases_max,
+        )
 
     def require_fits(self, spec: NamespaceSpec) -> None:
         """Raise InvalidRequest if not even one block would fit."""
@@ -100,6 +109,8 @@ class Registry:
             policy=make_policy(rule.policy),
             nvme_policy=make_policy(rule.policy),
             on_extents_left=self._on_extents_left,
+            on_alias_left=self._on_alias_left,
+            aliases=Aliases(self._alias_bounds),
             sessions=Sessions(sessions_max=self.config.sessions_max),
             history=History(blocks_max=self.config.explain_history_blocks),
             pool=SlotPool(

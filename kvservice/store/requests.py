@@ -8,8 +8,9 @@ import numpy as np
 
 from kvservice.blocks import NO_ROW, BlockHash, Chain, Rows
 from kvservice.errors import InvalidRequest
-from kvservice.index import State
+from kvservice.index import NO_OWNER, State
 from kvservice.leases import Hold
+from kvservice.sessions import owner_of, session_key
 from kvservice.store.namespace import Namespace
 from kvservice.store.outcomes import Miss, Written
 
@@ -69,6 +70,23 @@ def miss_after(namespace: Namespace, chain: Chain, hit: int) -> Miss:
     if hit < len(chain) and namespace.index.row_of(chain.hash_at(hit)) != NO_ROW:
         return Miss.BEING_WRITTEN
     return Miss.NOT_HELD
+
+
+def own_length(namespace: Namespace, rows: Rows, session_id: str) -> int:
+    """How many leading rows of a chain the session may use: nobody's, and its own."""
+    owners = namespace.index.owner[rows]
+    if not len(owners) or owners[-1] == NO_OWNER:
+        return len(rows)  # what is behind an owned block is owned as well
+    if session_id and owners[-1] == owner_of(session_key(session_id)):
+        return len(rows)
+    return int(np.argmax(owners != NO_OWNER))
+
+
+def shift_tokens(namespace: Namespace, rows: Rows) -> tuple[int, ...]:
+    """By how many tokens each block's keys must be rotated; empty: none of them."""
+    if (namespace.index.source[rows] == NO_ROW).all():
+        return ()
+    return tuple((namespace.index.shift_blocks(rows) * namespace.spec.tokens_per_block).tolist())
 
 
 def known_runs(namespace: Namespace, rows: Rows) -> list[tuple[int, Written]]:

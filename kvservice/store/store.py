@@ -40,12 +40,14 @@ from kvservice.store.outcomes import (
     Prefetched,
     Renewed,
     Reserved,
+    Truncated,
 )
 from kvservice.store.prefetching import Prefetching
 from kvservice.store.promotion import Promotion
 from kvservice.store.reading import Reading
 from kvservice.store.registry import Registry
 from kvservice.store.space import Space
+from kvservice.store.truncating import DropOldest, KeepRanges, Truncating
 from kvservice.store.waiting import WaitingRequests
 from kvservice.store.write_behind import WriteBehind
 from kvservice.store.writing import Writing
@@ -112,6 +114,7 @@ class Store:
             clock=clock,
             is_idle=self._is_idle_namespace,
             on_extents_left=self._extents_left,
+            on_alias_left=self.journal.alias_left,
         )
         self.namespaces: dict[NamespaceKey, Namespace] = self._registry.namespaces
         self._holds = Holds(
@@ -139,6 +142,8 @@ class Store:
         self._writing = Writing(
             config, self._holds, self._space, self.checksummer, self.write_behind, metrics, clock=clock
         )
+
+        self._truncating = Truncating(config, self.journal, clock=clock)
 
     def _extents_left(self, namespace: Namespace, extents: list[int]) -> None:
         self.journal.left(namespace, extents)
@@ -217,10 +222,12 @@ class Store:
         duration_s: float,
         max_blocks: int,
         attempt_id: int = 0,
+        accepts_shifts: bool = False,
     ) -> Granted:
         """Lease the longest held prefix of at most `max_blocks` blocks (0: all).
 
-        What is on NVMe only is being read when this returns.
+        What is on NVMe only is being read when this returns. Blocks of a truncated session are handed
+        out to a caller that names it and rotates keys.
         """
         self._refuse_while_draining()
         return await self._reading.get(
@@ -232,7 +239,31 @@ class Store:
             duration_s=duration_s,
             max_blocks=max_blocks,
             attempt_id=attempt_id,
+            accepts_shifts=accepts_shifts,
         )
+
+    def truncate(
+        self,
+        instance: Peer,
+        namespace_id: int,
+        packed_source: bytes,
+        keep: KeepRanges | DropOldest,
+        packed: bytes,
+        *,
+        session_id: str,
+    ) -> Truncated:
+        """Name the kept blocks of a session's chain a second time, as far as these are held; no copy.
+
+        Args:
+            packed_source: the chain; empty: what the session used last.
+            packed: one new hash per kept block; empty: only say what would stay.
+
+        Raises:
+            InvalidRequest: no session, bad ranges, hashes that do not match the plan or are not salted.
+        """
+        self._refuse_while_draining()
+        namespace = self.namespace(instance, namespace_id)
+        return self._truncating.truncate(instance, namespace, packed_source, keep, packed, session_id=session_id)
 
     async def prefetch(self, instance: Peer, namespace_id: int, packed: bytes) -> Prefetched:
         """Start reading what is on NVMe only; nobody waits for it."""

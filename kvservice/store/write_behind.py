@@ -23,7 +23,7 @@ from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Rows, Slots
 from kvservice.checksums import checksum_of
 from kvservice.config import Config
 from kvservice.errors import CapacityExhausted, Overloaded
-from kvservice.index import State
+from kvservice.index import Index, State
 from kvservice.logs import event_log
 from kvservice.metrics import Metrics
 from kvservice.nvme import WriteJob
@@ -89,7 +89,7 @@ class WriteBehind:
     def submit_missing(self, namespace: Namespace) -> None:
         """Queue every block that is in DRAM only: committed while no disk took any."""
         index = namespace.index
-        in_dram_only = (index.state == State.RESIDENT) & (index.slot != NO_SLOT) & (index.extent == NO_EXTENT)
+        in_dram_only = (index.state >= State.RESIDENT) & (index.slot != NO_SLOT) & (index.extent == NO_EXTENT)
         rows = np.flatnonzero(in_dram_only & ~index.dirty).astype(np.int32)
         if len(rows):
             self.submit(namespace, rows[np.argsort(index.depth[rows], kind="stable")])
@@ -161,11 +161,11 @@ class WriteBehind:
             _, namespace, rows = self._queue.popleft()
             batch.setdefault(id(namespace), (namespace, []))[1].append(rows)
             size_bytes += len(rows) * namespace.stride_bytes
-        return [(namespace, np.concatenate(parts)) for namespace, parts in batch.values()]
+        return [(namespace, _distinct(np.concatenate(parts))) for namespace, parts in batch.values()]
 
     async def _write(self, namespace: Namespace, rows: Rows) -> None:
         index = namespace.index
-        rows = rows[index.dirty[rows] & (index.slot[rows] != NO_SLOT) & (index.state[rows] == State.RESIDENT)]
+        rows = rows[index.dirty[rows] & (index.slot[rows] != NO_SLOT) & (index.state[rows] >= State.RESIDENT)]
         if not len(rows):
             return
         slots: Slots = index.slot[rows]
@@ -204,7 +204,7 @@ class WriteBehind:
             _Block(
                 row=row,
                 block_hash=index.hash_of(row),
-                parent_hash=b"" if parent == NO_ROW else index.hash_of(parent),
+                parent_hash=self._parent_hash(index, row, parent),
                 slot=slot,
                 extent=extent,
                 known_checksum=int(checksum) if is_known else None,
@@ -219,6 +219,12 @@ class WriteBehind:
                 strict=True,
             )
         ]
+
+    @staticmethod
+    def _parent_hash(index: Index, row: int, parent: int) -> bytes:
+        if index.state[row] == State.UNNAMED:
+            return index.hash_of(row)  # behind itself: after a restart as unreachable by its name as now
+        return b"" if parent == NO_ROW else index.hash_of(parent)
 
     async def _write_payloads(self, disk: Disk, namespace: Namespace, blocks: Sequence[_Block]) -> list[int]:
         """Write side by side, then flush; returns the checksums. Raises OSError, Overloaded."""
@@ -272,8 +278,16 @@ class WriteBehind:
             index.checksummed[block.row] = True
             filed.append(block.row)
             self._journal.stored(namespace, block.row, block.parent_hash, block.extent, checksum)
+            self._journal.aliased(namespace, np.array(namespace.aliases.of_source(block.row), dtype=np.int32))
             for session in namespace.sessions.of_tip(block.row):
                 self._journal.session(namespace, block.extent, session)
         # Their turn may have come, and passed, while they were in DRAM only.
         namespace.nvme_policy.released(np.array(filed, dtype=np.int32))
         self._metrics.nvme_written_bytes.inc(len(blocks) * namespace.spec.block_size_bytes)
+
+
+def _distinct(rows: Rows) -> Rows:
+    """Each row where it was queued last: one that was dropped and used again was queued for both of its blocks."""
+    _, from_the_end = np.unique(rows[::-1], return_index=True)
+    distinct: Rows = rows[np.sort(len(rows) - 1 - from_the_end)]
+    return distinct

@@ -69,6 +69,9 @@ class Writing:
             if parent and parent_row == NO_ROW:
                 return Reserved(0, 0.0, [(len(hashes), Written.PARENT_MISSING)], namespace.pool, np.zeros(0, np.int32))
             rows = namespace.index.rows_of(hashes, parent=parent_row)
+            last = rows[-1:] if len(rows) else np.array([parent_row] * (parent_row != NO_ROW), dtype=np.int32)
+            if requests.own_length(namespace, last, session_id) < len(last):
+                return Reserved(0, 0.0, [(len(hashes), Written.OTHER_SESSION)], namespace.pool, np.zeros(0, np.int32))
             missing = len(hashes) - len(rows)
             if missing <= namespace.pool.free_slots:
                 break

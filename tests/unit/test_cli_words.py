@@ -59,6 +59,8 @@ FINDINGS: list[tuple[pb.Explanation, str, str]] = [
     (dropped(pb.DROP_REASON_EXPIRED), "time to live passed", "saving it again"),
     (dropped(pb.DROP_REASON_CORRUPT), "no longer matched their checksum", "kvservice_checksum_failures_total"),
     (dropped(pb.DROP_REASON_PREFIX_LOST), "a block before it in its chain left", "Explain the blocks before it"),
+    (dropped(pb.DROP_REASON_SOURCE_LOST), "the block that had its bytes left", "raise dram_bytes"),
+    (dropped(pb.DROP_REASON_ALIAS_LIMIT), "later truncations took its place", "aliases_per_session_max"),
     (dropped(pb.DROP_REASON_ABORTED), "reserved but never committed", "raise lease_s"),
     (
         pb.Explanation(namespace_mismatch=pb.NamespaceMismatch(held_under_labels=["a bf16", "b\x1b[2Jfp8"])),

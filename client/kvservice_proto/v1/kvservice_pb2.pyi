@@ -21,6 +21,7 @@ class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MISS_REASON_CORRUPT: _ClassVar[MissReason]
     MISS_REASON_TIER_OFFLINE: _ClassVar[MissReason]
     MISS_REASON_OVER_LIMIT: _ClassVar[MissReason]
+    MISS_REASON_OTHER_SESSION: _ClassVar[MissReason]
 
 class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -33,11 +34,14 @@ class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DROP_REASON_CORRUPT: _ClassVar[DropReason]
     DROP_REASON_PREFIX_LOST: _ClassVar[DropReason]
     DROP_REASON_ABORTED: _ClassVar[DropReason]
+    DROP_REASON_SOURCE_LOST: _ClassVar[DropReason]
+    DROP_REASON_ALIAS_LIMIT: _ClassVar[DropReason]
 
 class RefusedReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     REFUSED_REASON_UNSPECIFIED: _ClassVar[RefusedReason]
     REFUSED_REASON_PARENT_MISSING: _ClassVar[RefusedReason]
+    REFUSED_REASON_OTHER_SESSION: _ClassVar[RefusedReason]
 
 class QueueOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -72,6 +76,7 @@ MISS_REASON_PREFIX_MISSING: MissReason
 MISS_REASON_CORRUPT: MissReason
 MISS_REASON_TIER_OFFLINE: MissReason
 MISS_REASON_OVER_LIMIT: MissReason
+MISS_REASON_OTHER_SESSION: MissReason
 DROP_REASON_UNSPECIFIED: DropReason
 DROP_REASON_CAPACITY: DropReason
 DROP_REASON_RECLAIMED: DropReason
@@ -81,8 +86,11 @@ DROP_REASON_EXPIRED: DropReason
 DROP_REASON_CORRUPT: DropReason
 DROP_REASON_PREFIX_LOST: DropReason
 DROP_REASON_ABORTED: DropReason
+DROP_REASON_SOURCE_LOST: DropReason
+DROP_REASON_ALIAS_LIMIT: DropReason
 REFUSED_REASON_UNSPECIFIED: RefusedReason
 REFUSED_REASON_PARENT_MISSING: RefusedReason
+REFUSED_REASON_OTHER_SESSION: RefusedReason
 QUEUE_OUTCOME_UNSPECIFIED: QueueOutcome
 QUEUE_OUTCOME_APPLIED: QueueOutcome
 QUEUE_OUTCOME_OUTDATED: QueueOutcome
@@ -189,7 +197,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., daemon_epoch: _Optional[str] = ..., instance_id: _Optional[int] = ..., namespace_ids: _Optional[_Iterable[int]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., planes: _Optional[str] = ..., segment_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("hashes_per_call_max", "leases_per_instance_max", "reservations_per_instance_max", "lease_ms_max", "queue_entries_max", "queue_blocks_max", "session_hints_max")
+    __slots__ = ("hashes_per_call_max", "leases_per_instance_max", "reservations_per_instance_max", "lease_ms_max", "queue_entries_max", "queue_blocks_max", "session_hints_max", "aliases_per_session_max")
     HASHES_PER_CALL_MAX_FIELD_NUMBER: _ClassVar[int]
     LEASES_PER_INSTANCE_MAX_FIELD_NUMBER: _ClassVar[int]
     RESERVATIONS_PER_INSTANCE_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +205,7 @@ class Limits(_message.Message):
     QUEUE_ENTRIES_MAX_FIELD_NUMBER: _ClassVar[int]
     QUEUE_BLOCKS_MAX_FIELD_NUMBER: _ClassVar[int]
     SESSION_HINTS_MAX_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_PER_SESSION_MAX_FIELD_NUMBER: _ClassVar[int]
     hashes_per_call_max: int
     leases_per_instance_max: int
     reservations_per_instance_max: int
@@ -204,7 +213,8 @@ class Limits(_message.Message):
     queue_entries_max: int
     queue_blocks_max: int
     session_hints_max: int
-    def __init__(self, hashes_per_call_max: _Optional[int] = ..., leases_per_instance_max: _Optional[int] = ..., reservations_per_instance_max: _Optional[int] = ..., lease_ms_max: _Optional[int] = ..., queue_entries_max: _Optional[int] = ..., queue_blocks_max: _Optional[int] = ..., session_hints_max: _Optional[int] = ...) -> None: ...
+    aliases_per_session_max: int
+    def __init__(self, hashes_per_call_max: _Optional[int] = ..., leases_per_instance_max: _Optional[int] = ..., reservations_per_instance_max: _Optional[int] = ..., lease_ms_max: _Optional[int] = ..., queue_entries_max: _Optional[int] = ..., queue_blocks_max: _Optional[int] = ..., session_hints_max: _Optional[int] = ..., aliases_per_session_max: _Optional[int] = ...) -> None: ...
 
 class Pong(_message.Message):
     __slots__ = ()
@@ -241,17 +251,19 @@ class LookupResponse(_message.Message):
     def __init__(self, hit_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[LookupRun, _Mapping]]] = ...) -> None: ...
 
 class LookupRun(_message.Message):
-    __slots__ = ("blocks", "held", "miss")
+    __slots__ = ("blocks", "held", "miss", "shift_tokens")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     MISS_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     held: Tier
     miss: MissReason
-    def __init__(self, blocks: _Optional[int] = ..., held: _Optional[_Union[Tier, str]] = ..., miss: _Optional[_Union[MissReason, str]] = ...) -> None: ...
+    shift_tokens: int
+    def __init__(self, blocks: _Optional[int] = ..., held: _Optional[_Union[Tier, str]] = ..., miss: _Optional[_Union[MissReason, str]] = ..., shift_tokens: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("namespace_id", "hashes", "session_id", "request_id", "lease_ms", "max_blocks", "attempt_id", "wait_ms")
+    __slots__ = ("namespace_id", "hashes", "session_id", "request_id", "lease_ms", "max_blocks", "attempt_id", "wait_ms", "accepts_shifts")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -260,6 +272,7 @@ class GetRequest(_message.Message):
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_SHIFTS_FIELD_NUMBER: _ClassVar[int]
     namespace_id: int
     hashes: bytes
     session_id: str
@@ -268,7 +281,8 @@ class GetRequest(_message.Message):
     max_blocks: int
     attempt_id: int
     wait_ms: int
-    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., max_blocks: _Optional[int] = ..., attempt_id: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+    accepts_shifts: bool
+    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., max_blocks: _Optional[int] = ..., attempt_id: _Optional[int] = ..., wait_ms: _Optional[int] = ..., accepts_shifts: bool = ...) -> None: ...
 
 class GetResponse(_message.Message):
     __slots__ = ("lease_id", "lease_ms", "runs")
@@ -281,14 +295,16 @@ class GetResponse(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., lease_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[GetRun, _Mapping]]] = ...) -> None: ...
 
 class GetRun(_message.Message):
-    __slots__ = ("blocks", "handles", "miss")
+    __slots__ = ("blocks", "handles", "miss", "shift_tokens")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     MISS_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     handles: Handles
     miss: MissReason
-    def __init__(self, blocks: _Optional[int] = ..., handles: _Optional[_Union[Handles, _Mapping]] = ..., miss: _Optional[_Union[MissReason, str]] = ...) -> None: ...
+    shift_tokens: int
+    def __init__(self, blocks: _Optional[int] = ..., handles: _Optional[_Union[Handles, _Mapping]] = ..., miss: _Optional[_Union[MissReason, str]] = ..., shift_tokens: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("lease_ids", "reservation_ids", "lease_ms")
@@ -425,6 +441,60 @@ class AbortResponse(_message.Message):
     EXPIRED_FIELD_NUMBER: _ClassVar[int]
     expired: bool
     def __init__(self, expired: bool = ...) -> None: ...
+
+class TokenRange(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
+
+class TokenRanges(_message.Message):
+    __slots__ = ("ranges",)
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    ranges: _containers.RepeatedCompositeFieldContainer[TokenRange]
+    def __init__(self, ranges: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ...) -> None: ...
+
+class TruncateRequest(_message.Message):
+    __slots__ = ("namespace_id", "session_id", "source", "ranges", "drop_ratio", "sink_blocks", "hashes")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    DROP_RATIO_FIELD_NUMBER: _ClassVar[int]
+    SINK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    session_id: str
+    source: bytes
+    ranges: TokenRanges
+    drop_ratio: float
+    sink_blocks: int
+    hashes: bytes
+    def __init__(self, namespace_id: _Optional[int] = ..., session_id: _Optional[str] = ..., source: _Optional[bytes] = ..., ranges: _Optional[_Union[TokenRanges, _Mapping]] = ..., drop_ratio: _Optional[float] = ..., sink_blocks: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
+
+class TruncateResponse(_message.Message):
+    __slots__ = ("chain_blocks", "kept_runs", "held_blocks", "miss")
+    CHAIN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_RUNS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    chain_blocks: int
+    kept_runs: _containers.RepeatedCompositeFieldContainer[KeptRun]
+    held_blocks: int
+    miss: MissReason
+    def __init__(self, chain_blocks: _Optional[int] = ..., kept_runs: _Optional[_Iterable[_Union[KeptRun, _Mapping]]] = ..., held_blocks: _Optional[int] = ..., miss: _Optional[_Union[MissReason, str]] = ...) -> None: ...
+
+class KeptRun(_message.Message):
+    __slots__ = ("first_block", "blocks", "new_first_block")
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NEW_FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    first_block: int
+    blocks: int
+    new_first_block: int
+    def __init__(self, first_block: _Optional[int] = ..., blocks: _Optional[int] = ..., new_first_block: _Optional[int] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
     __slots__ = ("namespace_id", "hashes", "session_id", "request_id")
@@ -665,7 +735,7 @@ class TierStats(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("label", "fingerprint", "tenant", "block_size_bytes", "tokens_per_block", "dram_bytes", "quota_bytes", "blocks", "slots_free", "sessions", "requested_blocks", "dram_hit_blocks", "nvme_hit_blocks", "miss_blocks", "committed_blocks", "evicted_blocks", "policy")
+    __slots__ = ("label", "fingerprint", "tenant", "block_size_bytes", "tokens_per_block", "dram_bytes", "quota_bytes", "blocks", "slots_free", "sessions", "requested_blocks", "dram_hit_blocks", "nvme_hit_blocks", "miss_blocks", "committed_blocks", "evicted_blocks", "policy", "aliases", "shifted_hit_blocks")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -683,6 +753,8 @@ class NamespaceStats(_message.Message):
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    SHIFTED_HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     label: str
     fingerprint: bytes
     tenant: str
@@ -700,7 +772,9 @@ class NamespaceStats(_message.Message):
     committed_blocks: int
     evicted_blocks: int
     policy: str
-    def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ...) -> None: ...
+    aliases: int
+    shifted_hit_blocks: int
+    def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ..., aliases: _Optional[int] = ..., shifted_hit_blocks: _Optional[int] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
     __slots__ = ("instance_id", "name", "tenant", "process_id", "attached_s", "leases", "reservations", "quarantined_slots", "queued_requests")

@@ -74,6 +74,11 @@ class KVCacheServiceStub(object):
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.AbortRequest.SerializeToString,
                 response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Truncate = channel.unary_unary(
+                '/kvservice.v1.KVCacheService/Truncate',
+                request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateRequest.SerializeToString,
+                response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateResponse.FromString,
+                _registered_method=True)
         self.Prefetch = channel.unary_unary(
                 '/kvservice.v1.KVCacheService/Prefetch',
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchRequest.SerializeToString,
@@ -172,6 +177,15 @@ class KVCacheServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Truncate(self, request, context):
+        """Keep a part of a session's chain under new hashes, at new positions, after its
+        oldest tokens were dropped. No KV is copied: a Get of the new hashes that
+        names the session hands out the old blocks with the shift of their keys.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Prefetch(self, request, context):
         """Bring blocks closer (NVMe to DRAM) without waiting for it.
         """
@@ -264,6 +278,11 @@ def add_KVCacheServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.AbortRequest.FromString,
                     response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.AbortResponse.SerializeToString,
+            ),
+            'Truncate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Truncate,
+                    request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateRequest.FromString,
+                    response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateResponse.SerializeToString,
             ),
             'Prefetch': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefetch,
@@ -517,6 +536,33 @@ class KVCacheService(object):
             '/kvservice.v1.KVCacheService/Abort',
             kvservice__proto_dot_v1_dot_kvservice__pb2.AbortRequest.SerializeToString,
             kvservice__proto_dot_v1_dot_kvservice__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Truncate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.KVCacheService/Truncate',
+            kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateRequest.SerializeToString,
+            kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,68 +1,14 @@
-"""index: which block is where, in what state; longest-prefix lookup.
-
-Covers: one namespace's tree of blocks, as columns. Does not cover: memory (`dram`), who holds
-what (`leases`), eviction order (`policies`).
-
-Life of a row::
-
-    (absent) --insert--> RESERVED --publish--> RESIDENT --remove--> (absent)
-                            |                     ^
-                            '----> WRITTEN -------'   committed before the block in front of it
-
-Invariant: the index is closed under prefixes. A row's parent is present, and a RESIDENT row's
-parent is RESIDENT. So whether the first i blocks of a chain are held is monotonic in i, and the
-hit length is found by bisection: 12 probes for 2,048 hashes.
-
-A row's bytes are in DRAM (`slot`), on NVMe (`extent`) or both; `arriving` while they are read into
-the slot, `dirty` while they wait to be written to NVMe, `prefetched` from when a hint brought them
-into DRAM until somebody uses them.
-
-Columns instead of objects: a million blocks take about 200 bytes each, chains are inserted,
-checked and touched by vector operations, and the garbage collector has nothing to walk.
-"""
+"""The tree of one namespace's blocks; see the package's docstring."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import numpy as np
 
 from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Chain, Rows, Slots
 from kvservice.errors import InvalidRequest
-
-_COLUMNS: dict[str, tuple[type, int]] = {
-    "parent": (np.int32, NO_ROW),
-    "first_child": (np.int32, NO_ROW),
-    "next_sibling": (np.int32, NO_ROW),
-    "previous_sibling": (np.int32, NO_ROW),
-    "depth": (np.int32, 0),
-    "slot": (np.int32, NO_SLOT),
-    "extent": (np.int64, NO_EXTENT),
-    "dram_children": (np.int32, 0),
-    "nvme_children": (np.int32, 0),
-    "arriving": (np.bool_, 0),
-    "prefetched": (np.bool_, 0),
-    "dirty": (np.bool_, 0),
-    "state": (np.uint8, 0),
-    "checksummed": (np.bool_, 0),
-    "checksum": (np.uint64, 0),
-    "uses": (np.uint32, 0),
-    "last_used_s": (np.float64, 0),
-    "committed_at_s": (np.float64, 0),
-}
-
-
-class State:
-    """A row's state; see the module's diagram.
-
-    Plain numbers: numpy takes ten times as long to compare a column with an IntEnum's member.
-    """
-
-    ABSENT: Final = 0
-    RESERVED: Final = 1
-    WRITTEN: Final = 2
-    RESIDENT: Final = 3
+from kvservice.index.columns import COLUMNS, NO_OWNER, State
 
 
 class Index:
@@ -81,6 +27,8 @@ class Index:
         self.depth: np.ndarray
         self.slot: np.ndarray
         self.extent: np.ndarray
+        self.source: np.ndarray
+        self.owner: np.ndarray
         self.dram_children: np.ndarray
         self.nvme_children: np.ndarray
         self.arriving: np.ndarray
@@ -132,7 +80,9 @@ class Index:
         low, high = 0, hit
         probe = high - 1
         while low < high:
-            if self.slot[self._rows[chain.hash_at(probe)]] != NO_SLOT:
+            row = self._rows[chain.hash_at(probe)]
+            source = int(self.source[row])
+            if self.slot[row if source == NO_ROW else source] != NO_SLOT:
                 low = probe + 1
             else:
                 high = probe
@@ -194,34 +144,36 @@ class Index:
 
     def insert(self, parent: int, hashes: Sequence[BlockHash], slots: Slots) -> Rows:
         """Reserve rows for a chain of absent, distinct hashes behind `parent` (NO_ROW: a root)."""
-        count = len(hashes)
-        rows = self._take_rows(count)
-        self.parent[rows[1:]] = rows[:-1]
-        self.first_child[rows[:-1]] = rows[1:]
-        self.first_child[rows[-1]] = NO_ROW
-        self.next_sibling[rows] = NO_ROW
-        self.previous_sibling[rows] = NO_ROW
-        first_depth = 0 if parent == NO_ROW else int(self.depth[parent]) + 1
-        self.depth[rows] = np.arange(first_depth, first_depth + count, dtype=np.int32)
+        rows = self._add_chain(parent, hashes)
         self.slot[rows] = slots
-        self.extent[rows] = NO_EXTENT
-        self.dram_children[rows[:-1]] = 1
-        self.dram_children[rows[-1]] = 0
-        self.nvme_children[rows] = 0
-        self.arriving[rows] = False
-        self.prefetched[rows] = False
-        self.dirty[rows] = False
         self.state[rows] = State.RESERVED
-        self.checksummed[rows] = False
-        self.uses[rows] = 0
-        self._link(int(rows[0]), parent)
+        self.dram_children[rows[:-1]] = 1
         if parent != NO_ROW:
             self.dram_children[parent] += 1
-        numbers = rows.tolist()
-        self._rows.update(zip(hashes, numbers, strict=True))
-        for row, block_hash in zip(numbers, hashes, strict=True):
-            self._hashes[row] = block_hash
         return rows
+
+    def insert_aliases(self, parent: int, hashes: Sequence[BlockHash], sources: Rows, owner: int) -> Rows:
+        """Name the bytes of `sources` (rows with bytes of their own) a second time, behind `parent`.
+
+        Args:
+            owner: the only session that may use them, and what is put behind them.
+        """
+        rows = self._add_chain(parent, hashes)
+        self.slot[rows] = NO_SLOT
+        self.source[rows] = sources
+        self.owner[rows] = owner
+        self.state[rows] = State.RESIDENT
+        return rows
+
+    def bytes_rows(self, rows: Rows) -> Rows:
+        """The rows that have the bytes: an alias's source, else the row itself."""
+        sources = self.source[rows]
+        return np.where(sources == NO_ROW, rows, sources)
+
+    def shift_blocks(self, rows: Rows) -> np.ndarray:
+        """How many blocks each row stands behind the position that its bytes were computed at; int32, mostly <= 0."""
+        shifts: np.ndarray = self.depth[rows] - self.depth[self.bytes_rows(rows)]
+        return shifts
 
     def publish(self, rows: Rows, now_s: float) -> Rows:
         """Mark reserved rows (in chain order) as written; make resident what now can be.
@@ -275,22 +227,20 @@ class Index:
 
     def remove(self, row: int) -> None:
         """Take out a row that has nothing behind it."""
-        assert self.first_child[row] == NO_ROW, f"row {row} still has blocks behind it"
-        before, after = int(self.previous_sibling[row]), int(self.next_sibling[row])
-        if before != NO_ROW:
-            self.next_sibling[before] = after
-        elif self.parent[row] != NO_ROW:
-            self.first_child[self.parent[row]] = after
-        if after != NO_ROW:
-            self.previous_sibling[after] = before
-        self._written -= int(self.state[row] == State.WRITTEN)
+        if self.state[row] != State.UNNAMED:
+            self._unlink(row)
         self.detach_slot(row)
         self.detach_extent(row)
         self.state[row] = State.ABSENT
-        self.parent[row] = NO_ROW
-        del self._rows[self.hash_of(row)]
+        self.source[row] = NO_ROW
         self._hashes[row] = None
         self._free.append(row)
+
+    def unname(self, row: int) -> None:
+        """A resident row with nothing behind it leaves the tree; its bytes stay, under the same row."""
+        assert self.state[row] == State.RESIDENT, f"row {row} is not resident"
+        self._unlink(row)
+        self.state[row] = State.UNNAMED
 
     def restore(
         self,
@@ -300,64 +250,90 @@ class Index:
         checksums: np.ndarray,
         uses: np.ndarray,
         last_used_s: np.ndarray,
+        *,
+        unnamed_depths: Sequence[int] = (),
     ) -> None:
         """Fill an empty index with resident blocks that are on NVMe only.
 
         Args:
-            hashes: n distinct hashes, every block after the block before it.
+            hashes: n distinct hashes, every block after the block before it, then those of unnamed ones.
             parents: int32, position of the block before; NO_ROW: a root.
-            extents, checksums, uses, last_used_s: their columns.
+            extents, checksums, uses, last_used_s: their columns; NO_EXTENT for what `restore_aliases` will name.
+            unnamed_depths: where the blocks that only aliases reach stood, the last of `hashes`.
         """
         assert not self._rows, "only an empty index can be restored"
-        count = len(hashes)
+        count, named = len(hashes), len(hashes) - len(unnamed_depths)
         self._grow_to(max(1024, count))
         self._hashes = list(hashes)
         self._free = []
-        self._rows = dict(zip(hashes, range(count), strict=True))
+        self._rows = dict(zip(hashes[:named], range(named), strict=True))
         span = slice(0, count)
         self.parent[span] = parents
         self.extent[span], self.checksum[span] = extents, checksums
         self.uses[span], self.last_used_s[span] = uses, last_used_s
         self.committed_at_s[span] = last_used_s  # no record says when: at the latest then
         self.checksummed[span] = True
-        self.state[span] = State.RESIDENT
+        self.state[:named] = State.RESIDENT
+        self.state[named:count] = State.UNNAMED
         # Siblings become neighbours when rows are sorted by what they follow.
         order = np.argsort(parents, kind="stable").astype(np.int32)
         order = order[parents[order] != NO_ROW]
         of = parents[order]
-        self.nvme_children[span] = np.bincount(of, minlength=count)
+        self.nvme_children[span] = np.bincount(of[extents[order] != NO_EXTENT], minlength=count)
         is_first = np.ones(len(order), dtype=bool)
         is_first[1:] = of[1:] != of[:-1]
         self.first_child[of[is_first]] = order[is_first]
         self.previous_sibling[order[1:][~is_first[1:]]] = order[:-1][~is_first[1:]]
         self.next_sibling[order[:-1][~is_first[1:]]] = order[1:][~is_first[1:]]
         depths: list[int] = []
-        for parent in parents.tolist():
+        for parent in parents[:named].tolist():
             depths.append(0 if parent == NO_ROW else depths[parent] + 1)
-        self.depth[span] = depths
+        self.depth[span] = [*depths, *unnamed_depths]
+
+    def restore_aliases(self, rows: Rows, sources: Rows, owners: np.ndarray) -> None:
+        """Rows that `restore` left without bytes are aliases; what is behind them has their owner (uint64)."""
+        self.source[rows], self.owner[rows] = sources, owners
+        self.checksummed[rows] = False
+        for row in np.flatnonzero(self.parent != NO_ROW).tolist() if len(rows) else ():  # fronts have smaller numbers
+            if self.owner[self.parent[row]] != NO_OWNER:
+                self.owner[row] = self.owner[self.parent[row]]
 
     def check(self) -> None:
         """Assert the room's invariants. For tests; O(n)."""
-        present = np.flatnonzero(self.state != State.ABSENT)
-        assert len(present) == len(self._rows), f"{len(present)} rows present, {len(self._rows)} hashes known"
+        named = np.flatnonzero((self.state != State.ABSENT) & (self.state != State.UNNAMED))
+        assert len(named) == len(self._rows), f"{len(named)} rows named, {len(self._rows)} hashes known"
         assert self._written == int(np.count_nonzero(self.state == State.WRITTEN)), "count of WRITTEN rows is off"
-        for row in present.tolist():
+        for row in np.flatnonzero(self.state == State.UNNAMED).tolist():
+            assert self.parent[row] == self.first_child[row] == NO_ROW, f"row {row}: in the tree without a name"
+            assert self.source[row] == NO_ROW, f"row {row}: an alias without a name"
+        for row in named.tolist():
             assert self._rows[self.hash_of(row)] == row, f"row {row}: its hash names another row"
-            parent = int(self.parent[row])
-            if parent == NO_ROW:
-                assert self.depth[row] == 0, f"row {row}: a root at depth {self.depth[row]}"
-                continue
-            assert self.state[parent] != State.ABSENT, f"row {row}: the block before it is absent"
-            assert self.depth[row] == self.depth[parent] + 1, f"row {row}: depth does not follow"
-            assert row in set(self.children(parent)), f"row {row}: not among the blocks behind {parent}"
             in_dram = sum(self.slot[child] != NO_SLOT for child in self.children(row))
             assert self.dram_children[row] == in_dram, f"row {row}: count of children in DRAM is off"
             on_nvme = sum(self.extent[child] != NO_EXTENT for child in self.children(row))
             assert self.nvme_children[row] == on_nvme, f"row {row}: count of children on NVMe is off"
-            has_bytes = self.slot[row] != NO_SLOT or self.extent[row] != NO_EXTENT
-            assert has_bytes, f"row {row}: its bytes are nowhere"
+            self._check_bytes(row)
+            parent = int(self.parent[row])
+            if parent == NO_ROW:
+                assert self.depth[row] == 0, f"row {row}: a root at depth {self.depth[row]}"
+                continue
+            assert self.state[parent] not in (State.ABSENT, State.UNNAMED), f"row {row}: the block before it is absent"
+            assert self.depth[row] == self.depth[parent] + 1, f"row {row}: depth does not follow"
+            assert row in set(self.children(parent)), f"row {row}: not among the blocks behind {parent}"
+            assert self.owner[parent] in (NO_OWNER, self.owner[row]), f"row {row}: behind another session's block"
             if self.state[row] == State.RESIDENT:
                 assert self.state[parent] == State.RESIDENT, f"row {row}: resident behind one that is not"
+
+    def _check_bytes(self, row: int) -> None:
+        has_bytes = self.slot[row] != NO_SLOT or self.extent[row] != NO_EXTENT
+        source = int(self.source[row])
+        if source == NO_ROW:
+            assert has_bytes, f"row {row}: its bytes are nowhere"
+            return
+        assert not has_bytes, f"row {row}: an alias with bytes of its own"
+        assert self.state[source] >= State.RESIDENT, f"row {row}: the block it is an alias of is gone"
+        assert self.source[source] == NO_ROW, f"row {row}: an alias of an alias"
+        assert self.owner[row] != NO_OWNER, f"row {row}: an alias of nobody's"
 
     def _settle(self, row: int, resident: list[int]) -> None:
         """Make a written row resident if its parent is, then what waits behind it."""
@@ -371,6 +347,44 @@ class Index:
             self._written -= 1
             resident.append(at)
             waiting.extend(self.children(at))
+
+    def _add_chain(self, parent: int, hashes: Sequence[BlockHash]) -> Rows:
+        """Blank rows for a chain of absent hashes behind `parent`; the caller says what they are."""
+        count = len(hashes)
+        rows = self._take_rows(count)
+        for name, (_, blank) in COLUMNS.items():
+            getattr(self, name)[rows] = blank
+        self.parent[rows[1:]] = rows[:-1]
+        self.first_child[rows[:-1]] = rows[1:]
+        first_depth = 0 if parent == NO_ROW else int(self.depth[parent]) + 1
+        self.depth[rows] = np.arange(first_depth, first_depth + count, dtype=np.int32)
+        if parent != NO_ROW:
+            self.owner[rows] = self.owner[parent]
+        self._link(int(rows[0]), parent)
+        numbers = rows.tolist()
+        self._rows.update(zip(hashes, numbers, strict=True))
+        for row, block_hash in zip(numbers, hashes, strict=True):
+            self._hashes[row] = block_hash
+        return rows
+
+    def _unlink(self, row: int) -> None:
+        """Take a row without children out of the tree and its hash out of use."""
+        assert self.first_child[row] == NO_ROW, f"row {row} still has blocks behind it"
+        before, after = int(self.previous_sibling[row]), int(self.next_sibling[row])
+        if before != NO_ROW:
+            self.next_sibling[before] = after
+        elif self.parent[row] != NO_ROW:
+            self.first_child[self.parent[row]] = after
+        if after != NO_ROW:
+            self.previous_sibling[after] = before
+        self.previous_sibling[row] = self.next_sibling[row] = NO_ROW
+        self._written -= int(self.state[row] == State.WRITTEN)
+        if self.slot[row] != NO_SLOT and self.parent[row] != NO_ROW:
+            self.dram_children[self.parent[row]] -= 1
+        if self.extent[row] != NO_EXTENT and self.parent[row] != NO_ROW:
+            self.nvme_children[self.parent[row]] -= 1
+        self.parent[row] = NO_ROW
+        del self._rows[self.hash_of(row)]
 
     def _link(self, row: int, parent: int) -> None:
         self.parent[row] = parent
@@ -391,7 +405,7 @@ class Index:
         return np.array([*reused, *fresh], dtype=np.int32)
 
     def _grow_to(self, capacity: int) -> None:
-        for name, (dtype, blank) in _COLUMNS.items():
+        for name, (dtype, blank) in COLUMNS.items():
             grown: np.ndarray = np.full(capacity, blank, dtype=dtype) if blank else np.zeros(capacity, dtype=dtype)
             if self._capacity:
                 grown[: self._capacity] = getattr(self, name)
