@@ -11,6 +11,7 @@ from typing import Any
 from kvservice.blocks import NamespaceSpec
 from kvservice.instances import Identity
 from kvservice.metrics import Metrics
+from kvservice.nvme import Files
 from kvservice.store import Store
 from kvservice.store.arrivals import Landing
 from kvservice.store.outcomes import Granted
@@ -22,8 +23,11 @@ MIB = 1 << 20
 class Node:
     """One daemon's store on a directory, with its background work; `crash` and `stop` end it, `start` begins anew."""
 
-    def __init__(self, directory: Path, *, specs: Sequence[NamespaceSpec] = (), **knobs: Any) -> None:
-        """`specs`: the engine's namespaces, "model" if none are named. `knobs`: of the configuration."""
+    def __init__(
+        self, directory: Path, *, specs: Sequence[NamespaceSpec] = (), files: Files | None = None, **knobs: Any
+    ) -> None:
+        """`specs`: the engine's namespaces, "model" if none are named. `files`: the disk. `knobs`: of the daemon."""
+        self._files = files
         self._directory = directory
         self._specs = specs or [spec_of()]
         self._knobs = knobs
@@ -46,7 +50,9 @@ class Node:
     async def start(self, *, recover: bool = True) -> None:
         small = {"nvme_bytes": 32 * MIB, "nvme_segment_bytes": MIB, "nvme_write_behind_s": 0.02}
         config = small_config(nvme_dirs=str(self._directory), **{**small, **self._knobs})
-        self.store = Store(config, Metrics(version="0"), clock=self.clock, wall_clock=self.wall_clock)
+        self.store = Store(
+            config, Metrics(version="0"), clock=self.clock, wall_clock=self.wall_clock, files=self._files
+        )
         await self.store.durability.open()
         if recover:
             await self.store.durability.recover()

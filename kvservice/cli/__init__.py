@@ -1,4 +1,4 @@
-"""cli: the `kvservice` command: serve, demo, stats, top, explain, config.
+"""cli: the `kvservice` command: serve, demo, stats, top, explain, check, inspect, config.
 
 One file per command, imported only when that command runs, so that help is there at once. Exit statuses: 0 done,
 1 failed, 2 wrong usage or no daemon answers, 130 interrupted.
@@ -23,6 +23,8 @@ COMMANDS: Mapping[str, str] = {
     "stats": "print what the daemon holds and who uses it",
     "top": "watch the same live",
     "explain": "say why a block is a hit or a miss",
+    "check": "verify every block in a directory of the NVMe tier, offline",
+    "inspect": "print what is in a directory of the NVMe tier, offline",
     "config": "print the effective configuration as TOML",
 }
 

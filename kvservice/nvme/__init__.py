@@ -1,15 +1,18 @@
 """nvme: checksummed extents in segment files, and the journal that finds them after a restart."""
 
 from kvservice.nvme.files import Files, RealFiles
-from kvservice.nvme.format import RecordKind, record, records_array
+from kvservice.nvme.format import RecordKind, extent_stride_bytes, record, records_array
 from kvservice.nvme.results import ReadJob, ReadResult, Recovered, RecoveredAlias, SegmentUse, WriteJob
 from kvservice.nvme.segments import PLACE_BITS
+from kvservice.nvme.survey import CheckedExtent, NamespaceContents, Survey
 from kvservice.nvme.throttle import Throttle
 from kvservice.nvme.volume import Volume
 
 __all__ = [
     "PLACE_BITS",
+    "CheckedExtent",
     "Files",
+    "NamespaceContents",
     "ReadJob",
     "ReadResult",
     "RealFiles",
@@ -17,9 +20,11 @@ __all__ = [
     "Recovered",
     "RecoveredAlias",
     "SegmentUse",
+    "Survey",
     "Throttle",
     "Volume",
     "WriteJob",
+    "extent_stride_bytes",
     "record",
     "records_array",
 ]

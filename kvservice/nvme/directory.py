@@ -23,7 +23,7 @@ def lock(directory: str) -> int:
         descriptor = os.open(os.path.join(directory, "LOCK"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StartupError(f"cannot use nvme directory {directory}: {error.strerror}; choose another") from error
-    return _locked(descriptor, directory)
+    return _locked(descriptor, directory, "stop it or choose another nvme directory")
 
 
 def lock_existing(directory: str) -> int:
@@ -39,15 +39,15 @@ def lock_existing(directory: str) -> int:
             f"{directory} is no directory of an NVMe tier: {(error.strerror or str(error)).lower()}: LOCK; name one "
             "of the daemon's nvme_dirs"
         ) from error
-    return _locked(descriptor, directory)
+    return _locked(descriptor, directory, "stop it first, or ask the daemon (kvservice stats)")
 
 
-def _locked(descriptor: int, directory: str) -> int:
+def _locked(descriptor: int, directory: str, next_step: str) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise StartupError(f"another process uses {directory}; stop it or choose another nvme directory") from None
+        raise StartupError(f"another process uses {directory}; {next_step}") from None
     return descriptor
 
 

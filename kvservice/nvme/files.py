@@ -112,6 +112,19 @@ class RealFiles:
         os.close(descriptor)
 
 
+class ReadOnlyFiles(RealFiles):
+    """The operating system's, for who changes nothing: files are opened for reading, and none is made."""
+
+    def open(self, path: str, *, direct: bool, create: bool) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags | (os.O_DIRECT if direct else 0))
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            return os.open(path, flags)
+
+
 def _sync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

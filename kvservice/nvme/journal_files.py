@@ -53,14 +53,17 @@ class JournalFiles:
 
     def _content(self, path: str) -> bytes:
         descriptor = self._files.open(path, direct=False, create=False)
-        content = bytearray()
         try:
-            piece = memoryview(bytearray(_READ_BYTES))
-            while (count := self._files.read(descriptor, [piece], len(content))) > 0:
-                content += piece[:count]
+            content = bytearray(self._files.size_bytes(descriptor))
+            done = 0
+            while done < len(content):
+                piece = memoryview(content)[done : done + _READ_BYTES]
+                if not (count := self._files.read(descriptor, [piece], done)):
+                    break
+                done += count
         finally:
             self._files.close(descriptor)
-        return bytes(content)
+        return bytes(content[:done])
 
     def _file_bytes(self, kind: str, number: int) -> int:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -25,8 +26,10 @@ BLOCKS = 12
 WINDOW_S = 0.2
 SLACK_S = 3.0
 """A loaded machine may take so much longer than the window promises."""
-KILLS = int(os.environ.get("NVME_KILLS", "5"))
-"""A few at every run; NVME_KILLS=100 for a long one."""
+KILLS = int(os.environ.get("NVME_KILLS", "20"))
+"""About a minute at every run; NVME_KILLS=100 for a long one."""
+CHAINS_KEPT = 250
+"""Of at most 600 that fit on NVMe; a round saves fewer than the difference."""
 
 
 def knobs(directory: Path) -> dict[str, object]:
@@ -52,9 +55,9 @@ def load(client: kv.Client, name: str, blocks: int = BLOCKS) -> int:
     return loaded
 
 
-def save(client: kv.Client, name: str, blocks: int = BLOCKS) -> int:
+def save(client: kv.Client, name: str, blocks: int = BLOCKS, *, session_id: str = "") -> int:
     hashes = chain(name, blocks)
-    return client.save(hashes, contents(hashes, BLOCK_BYTES)).saved
+    return client.save(hashes, contents(hashes, BLOCK_BYTES), session_id=session_id).saved
 
 
 def test_a_drained_daemon_finds_everything_again(
@@ -71,6 +74,8 @@ def test_a_drained_daemon_finds_everything_again(
     assert [load(client, f"c{number}") for number in range(40)] == [BLOCKS] * 40
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 10 * KILLS)
 def test_kill_9_under_write_load_loses_the_window_and_nothing_else(
     short_path: Path, make_daemon: MakeDaemon, make_client: MakeClient
 ) -> None:
@@ -78,13 +83,16 @@ def test_kill_9_under_write_load_loses_the_window_and_nothing_else(
     daemon = make_daemon(**knobs(short_path))
     client = make_client(daemon.socket_dir, namespace(block_size_bytes=BLOCK_BYTES))
     saved_at_s: dict[str, float] = {}
-    number = 0
+    number = durable = 0
     for _ in range(KILLS):
+        for name in list(saved_at_s)[:-CHAINS_KEPT]:  # what nobody forgot is never evicted: there is room
+            client.forget_session(name)
+            del saved_at_s[name]
         killer = threading.Timer(chance.uniform(0.3, 1.2), daemon.kill)
         killer.start()
-        while daemon.is_running and number < 200 * KILLS:
+        while daemon.is_running:
             name = f"c{number}"
-            if save(client, name) == BLOCKS:
+            if save(client, name, session_id=name) == BLOCKS:
                 saved_at_s[name] = time.monotonic()
             number += 1
         killer.join()
@@ -93,11 +101,13 @@ def test_kill_9_under_write_load_loses_the_window_and_nothing_else(
         recovered(daemon)
         eventually(lambda: client.attached)
         for name in chance.sample(sorted(saved_at_s), min(30, len(saved_at_s))):
-            came = load(client, name)
+            came = load(client, name)  # compares every byte
             if killed_at_s - saved_at_s[name] > WINDOW_S + SLACK_S:
-                finding = client.explain(chain(name, BLOCKS)[-1])[0]
-                assert came == BLOCKS or finding.HasField("dropped"), f"{name} was durable and is gone: {finding}"
-        saved_at_s = {name: 0.0 for name in saved_at_s if client.lookup(chain(name, BLOCKS)).blocks == BLOCKS}
+                durable += 1
+                assert came == BLOCKS, f"{name} was durable and {BLOCKS - came} blocks are gone"
+        held = {name for name in saved_at_s if client.lookup(chain(name, BLOCKS)).blocks == BLOCKS}
+        saved_at_s = {name: 0.0 for name in saved_at_s if name in held}
+    assert durable > KILLS
 
 
 def test_damaged_extents_are_misses_and_the_rest_is_served(
@@ -120,6 +130,40 @@ def test_damaged_extents_are_misses_and_the_rest_is_served(
     finding = client.explain(chain("c2", BLOCKS)[5])[0]
     assert finding.dropped.reason == 6, finding  # DROP_REASON_CORRUPT
     assert "kvservice_checksum_failures_total 1.0" in daemon.get("/metrics")[1]
+
+
+def test_check_names_each_damaged_extent_and_the_daemon_serves_the_rest(
+    short_path: Path, make_daemon: MakeDaemon, make_client: MakeClient
+) -> None:
+    def check() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "kvservice", "check", str(short_path / "nvme")]
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment(), timeout=60)
+
+    daemon = make_daemon(**knobs(short_path))
+    client = make_client(daemon.socket_dir, namespace(block_size_bytes=BLOCK_BYTES))
+    for number in range(6):
+        assert save(client, f"c{number}") == BLOCKS
+    refused = check()
+    assert (refused.returncode, "stop it first" in refused.stderr) == (2, True)
+    daemon.stop()
+    assert check().returncode == 0
+    damaged = {"c0": 11, "c2": 5, "c4": 0}
+    segment = next((short_path / "nvme" / "segments").iterdir())
+    content = bytearray(segment.read_bytes())
+    for name, position in damaged.items():
+        at = content.index(contents(chain(name, BLOCKS)[position : position + 1], BLOCK_BYTES))
+        content[at - (2000 if name == "c2" else -777)] ^= 0x40  # one in its header, the others in their payloads
+    segment.write_bytes(content)
+    checked = check()
+    assert checked.returncode == 1
+    for name, position in damaged.items():
+        assert f"bad: block {chain(name, BLOCKS)[position].hex()} in segment 1, extent " in checked.stdout
+    assert "72 blocks" in checked.stdout
+    assert "3 bad extents" in checked.stdout
+    daemon.restart()
+    recovered(daemon)
+    eventually(lambda: client.attached)
+    assert [load(client, f"c{number}") for number in range(6)] == [11, 12, 5, 12, 0, 12]
 
 
 def test_the_tier_a_block_came_from_is_counted(
