@@ -62,6 +62,8 @@ FIGURES: Sequence[Figure] = (
     Figure("nvme_read_ratio", "nvme", Direction.AT_LEAST, 0.9),
     Figure("nvme_write_ratio", "nvme", Direction.AT_LEAST, 0.85),
     Figure("nvme_first_block_share", "nvme", Direction.AT_MOST, 0.05),
+    Figure("recovery_s_per_million", "recovery", Direction.AT_MOST, 10),
+    Figure("loop_stall_ratio", "recovery", Direction.AT_MOST, 3),
 )
 
 

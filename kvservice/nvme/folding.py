@@ -27,7 +27,9 @@ def fold_records(records: np.ndarray) -> np.ndarray:
     kinds, extents = records["kind"], records["extent"]
     places = np.flatnonzero((kinds == RecordKind.STORED) | (kinds == RecordKind.DROPPED))
     last = _last_of_each(extents[places], places)
-    stored = np.setdiff1d(last[kinds[last] == RecordKind.STORED], _superseded(records))
+    counts = kinds == RecordKind.STORED
+    counts[_superseded(records)] = False
+    stored = np.sort(last[counts[last]])
     live = records[stored].copy()
     order = np.argsort(live["extent"], kind="stable")
     in_order = live["extent"][order]

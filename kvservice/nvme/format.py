@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import lru_cache
@@ -27,8 +27,7 @@ _EXTENT_MAGIC = b"KVEXTENT"
 # magic, version, padding, segment id, namespace digest, stride, extents, generation, checksum
 _SEGMENT = struct.Struct("<8sHHI32sQQQQ")
 _SEGMENT_MAGIC = b"KVSEGMNT"
-# magic, version, records, position in its file, the file's number, checksum
-_PAGE = struct.Struct("<8sHHIQQ")
+_PAGE_HEADER_BYTES = 32
 _PAGE_MAGIC = b"KVINDEXP"
 
 
@@ -62,7 +61,21 @@ RECORD = np.dtype(
 )
 """One journal record. `namespace` is the first eight bytes of the digest; times are wall-clock seconds."""
 
-RECORDS_PER_PAGE = (PAGE_BYTES - _PAGE.size) // RECORD.itemsize
+RECORDS_PER_PAGE = (PAGE_BYTES - _PAGE_HEADER_BYTES) // RECORD.itemsize
+
+_PAGE = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u2"),
+        ("count", "<u2"),
+        ("position", "<u4"),
+        ("file_number", "<u8"),
+        ("checksum", "<u8"),
+        ("records", RECORD, RECORDS_PER_PAGE),
+        ("pad", f"V{PAGE_BYTES - _PAGE_HEADER_BYTES - RECORDS_PER_PAGE * RECORD.itemsize}"),
+    ]
+)
+"""A journal page: which it is, of which file, and its records."""
 
 
 @lru_cache(maxsize=1024)
@@ -148,42 +161,46 @@ class SegmentHeader:
 
 def pack_pages(records: np.ndarray, *, file_number: int, first_page: int) -> bytes:
     """Journal pages for the records (dtype RECORD), for that place of that file."""
-    pages = bytearray()
-    for number, start in enumerate(range(0, len(records), RECORDS_PER_PAGE)):
-        chunk = records[start : start + RECORDS_PER_PAGE]
-        page = bytearray(PAGE_BYTES)
-        page[_PAGE.size : _PAGE.size + chunk.nbytes] = chunk.tobytes()
-        fields = (_PAGE_MAGIC, VERSION, len(chunk), first_page + number, file_number)
-        _PAGE.pack_into(page, 0, *fields, 0)
-        _PAGE.pack_into(page, 0, *fields, xxhash.xxh3_64_intdigest(page))
-        pages += page
-    return bytes(pages)
+    pages = np.zeros(-(-len(records) // RECORDS_PER_PAGE), dtype=_PAGE)
+    for number, page in enumerate(pages):
+        chunk = records[number * RECORDS_PER_PAGE : (number + 1) * RECORDS_PER_PAGE]
+        page["records"][: len(chunk)] = chunk
+        page["count"] = len(chunk)
+    pages["magic"], pages["version"], pages["file_number"] = _PAGE_MAGIC, VERSION, file_number
+    pages["position"] = np.arange(first_page, first_page + len(pages))
+    pages["checksum"] = _page_checksums(pages)
+    return pages.tobytes()
 
 
 def unpack_pages(data: bytes, *, file_number: int) -> tuple[np.ndarray, int]:
     """All records of the intact pages of a whole file, in order, and how many pages were damaged.
 
-    A page of zeros is one that was never written; one from elsewhere is damage.
+    A page of zeros is one that was never written; one from elsewhere is damage; the end of a page that
+    was not written whole is nothing.
     """
-    chunks: list[np.ndarray] = []
-    damaged = 0
-    for position, page in enumerate(_pages(data)):
-        magic, version, count, sequence, of, own = _PAGE.unpack_from(page)
-        blank = bytearray(page)
-        _PAGE.pack_into(blank, 0, magic, version, count, sequence, of, 0)
-        is_intact = (magic, version) == (_PAGE_MAGIC, VERSION) and xxhash.xxh3_64_intdigest(blank) == own
-        if is_intact and (sequence, of) == (position, file_number) and count <= RECORDS_PER_PAGE:
-            chunks.append(np.frombuffer(page, dtype=RECORD, count=count, offset=_PAGE.size))
-        elif page.count(0) != PAGE_BYTES:
-            damaged += 1
-    return (np.concatenate(chunks) if chunks else np.zeros(0, dtype=RECORD)), damaged
+    pages = np.frombuffer(data, dtype=_PAGE, count=len(data) // PAGE_BYTES).copy()
+    checksums = pages["checksum"].copy()
+    pages["checksum"] = 0
+    is_intact = (
+        (pages["magic"] == _PAGE_MAGIC)
+        & (pages["version"] == VERSION)
+        & (pages["position"] == np.arange(len(pages)))
+        & (pages["file_number"] == file_number)
+        & (pages["count"] <= RECORDS_PER_PAGE)
+    )
+    is_intact[is_intact] = _page_checksums(pages[is_intact]) == checksums[is_intact]
+    is_written = (pages.view(np.uint8).reshape(len(pages), PAGE_BYTES) != 0).any(axis=1) | (checksums != 0)
+    intact = pages[is_intact]
+    is_record = np.arange(RECORDS_PER_PAGE) < intact["count"][:, None]
+    return intact["records"][is_record], int(np.count_nonzero(is_written & ~is_intact))
 
 
-def _pages(data: bytes) -> Iterator[bytes]:
-    for start in range(0, len(data), PAGE_BYTES):
-        page = data[start : start + PAGE_BYTES]
-        if len(page) == PAGE_BYTES:
-            yield page
+def _page_checksums(pages: np.ndarray) -> np.ndarray:
+    """Of pages whose checksum is zero."""
+    content = memoryview(pages.tobytes())
+    starts = range(0, len(content), PAGE_BYTES)
+    sums = (xxhash.xxh3_64_intdigest(content[start : start + PAGE_BYTES]) for start in starts)
+    return np.fromiter(sums, dtype=np.uint64, count=len(pages))
 
 
 def record(

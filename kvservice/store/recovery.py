@@ -7,7 +7,7 @@ they are few, and are carried over into the recovered index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -178,21 +178,21 @@ def _reachable(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the blocks whose whole prefix is there, fronts first, and their parents' new positions."""
     position_of = dict(zip(hashes, range(len(hashes)), strict=True))
-    parent_of = [position_of.get(BlockHash(parent), NO_ROW) if parent else NO_ROW for parent in parents]
+
+    def positions(of: Iterable[bytes]) -> np.ndarray:
+        return np.fromiter((position_of.get(BlockHash(one), NO_ROW) for one in of), dtype=np.int64, count=len(hashes))
+
+    is_last = positions(hashes) == np.arange(len(hashes))  # of a block that stands twice, the later record counts
+    parent_of = positions(parents)
+    is_root = ~np.fromiter(map(bool, parents), dtype=bool, count=len(hashes))
     by_depth = np.argsort(depths, kind="stable")
-    new_position = [NO_ROW] * len(hashes)
-    order: list[int] = []
-    new_parents: list[int] = []
-    for at in by_depth.tolist():
-        if position_of[hashes[at]] != at:
-            continue  # stands twice; the later record counts
-        parent = parent_of[at]
-        if parents[at] and (parent == NO_ROW or new_position[parent] == NO_ROW):
-            continue  # something in front of it is lost
-        new_position[at] = len(order)
-        order.append(at)
-        new_parents.append(NO_ROW if not parents[at] else new_position[parent])
-    return np.array(order, dtype=np.int64), np.array(new_parents, dtype=np.int32)
+    is_reachable = np.zeros(len(hashes) + 1, dtype=bool)  # the last stands for a block that is not there: NO_ROW
+    for level in np.split(by_depth, np.flatnonzero(np.diff(depths[by_depth])) + 1):
+        is_reachable[level] = is_last[level] & (is_root[level] | is_reachable[parent_of[level]])
+    order = by_depth[is_reachable[by_depth]]
+    new_position = np.full(len(hashes), NO_ROW, dtype=np.int32)
+    new_position[order] = np.arange(len(order), dtype=np.int32)
+    return order, np.where(is_root[order], NO_ROW, new_position[parent_of[order]]).astype(np.int32)
 
 
 def adopt(namespace: Namespace, restored: Restored, now_s: float) -> None:
