@@ -36,6 +36,11 @@ _REQUESTS = "kvservice_block_requests_total"
 _HITS = 'kvservice_block_requests_total{*,outcome!="miss"}'
 _HIT_RATE = f"{_rate(_HITS)} / {_rate(_REQUESTS + '{*}')}"
 
+_WINDOW_IN_DRAM = "sum(kvservice_prefetch_window_dram_blocks{*}) / (sum(kvservice_prefetch_window_blocks{*}) > 0)"
+_GETS = 'kvservice_operation_duration_seconds_count{*,operation="get"}'
+_GETS_FROM_NVME = 'kvservice_operation_duration_seconds_count{*,operation="get",tier="nvme"}'
+_GET_FROM_NVME = f"{_rate(_GETS_FROM_NVME)} / {_rate(_GETS)}"
+
 
 def _stat(title: str, unit: str, query: str, about: str) -> Panel:
     return Panel(title, unit, {title: query}, about, kind="stat", width=4, height=4)
@@ -142,10 +147,48 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "Scheduler-awareness": [
         Panel(
-            "Prefetch calls",
+            "Waiting requests seen",
+            "short",
+            {
+                "waiting": "sum(kvservice_queued_requests{*})",
+                "fetched ahead": "sum(kvservice_prefetch_window_requests{*})",
+                "protected from eviction": "sum(kvservice_eviction_window_requests{*})",
+            },
+            "None: engines tell nothing of their queues, and every read from NVMe is waited for.",
+        ),
+        Panel(
+            "Window in DRAM",
+            "percentunit",
+            {"covered": _WINDOW_IN_DRAM},
+            "Of the blocks that the next requests need. Empty while nobody waits.",
+        ),
+        Panel(
+            "Blocks fetched ahead by outcome",
             "reqps",
-            {"{{code}}": _rate('kvservice_rpc_duration_seconds_count{*,method="Prefetch"}', "code")},
-            "None: the engine gives no look-ahead, and every read from NVMe is waited for.",
+            {"{{outcome}}": _rate("kvservice_prefetch_blocks_total{*}", "outcome")},
+            "useful: in DRAM before a Get wanted it. wasted: left DRAM unused.",
+        ),
+        Panel(
+            "Requests at their start",
+            "reqps",
+            {"{{blocks}}": _rate("kvservice_prefetch_request_starts_total{*}", "blocks")},
+            "Where the blocks of a queued request were when it started.",
+            is_stacked=True,
+        ),
+        Panel(
+            "Fetched before the start by",
+            "s",
+            {
+                "median": _quantile(0.5, "kvservice_prefetch_lead_seconds_bucket{*}"),
+                "a tenth below": _quantile(0.1, "kvservice_prefetch_lead_seconds_bucket{*}"),
+            },
+            "Near zero: look further ahead. Very long: DRAM is held for nothing.",
+        ),
+        Panel(
+            "Gets that waited for NVMe",
+            "percentunit",
+            {"share": _GET_FROM_NVME},
+            "What look-ahead did not bring in time.",
         ),
         Panel(
             "Prefetch to arrival",
@@ -155,16 +198,6 @@ ROWS: dict[str, list[Panel]] = {
                 "p90": _quantile(0.9, 'kvservice_operation_duration_seconds_bucket{*,operation="prefetch"}'),
             },
             "From the submission of a transfer until it is in DRAM; it should be shorter than the queue.",
-        ),
-        Panel(
-            "Gets that waited for NVMe",
-            "percentunit",
-            {
-                "share": _rate('kvservice_operation_duration_seconds_count{*,operation="get",tier="nvme"}')
-                + " / "
-                + _rate('kvservice_operation_duration_seconds_count{*,operation="get"}')
-            },
-            "What look-ahead did not bring in time.",
         ),
     ],
     "Engines": [

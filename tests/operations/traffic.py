@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -32,6 +33,7 @@ class Engine:
         self.client = kv.attach(MODEL, socket_dir=socket_dir, instance_name=name)
         assert self.client.attached, self.client.status
         self._buffer = bytearray(BLOCKS * BLOCK_BYTES)
+        self._front = ""
 
     def __enter__(self) -> Engine:
         return self
@@ -52,6 +54,14 @@ class Engine:
         """What a scheduler does ahead of a request."""
         self.client.prefetch(chain(conversation, BLOCKS))
 
+    def wait_for_turn(self, conversations: Sequence[str]) -> str:
+        """These wait now, the next first; the one that waited longest before starts, and is returned."""
+        waiting = [kv.WaitingRequest(f"request {name}", chain(name, BLOCKS), session_id=name) for name in conversations]
+        started = self._front
+        self._front = conversations[0]
+        self.client.update_queue(waiting, started=[f"request {started}"] if started else [])
+        return started or conversations[0]
+
 
 def conversations(engine: Engine, *, count: int, name: str = "chat") -> None:
     """Save more conversations than DRAM holds, resume each, and ask for one that nobody saved."""
@@ -65,11 +75,12 @@ def conversations(engine: Engine, *, count: int, name: str = "chat") -> None:
 def endless(engine: Engine, stop: threading.Event, name: str = "turn") -> None:
     """New conversations all the time; older ones resume, from DRAM, from NVMe, after a prefetch, or not at all."""
     for number in count():
+        turns = [f"{name} {number - behind}" for behind in (10, 9, 8)]
+        started = engine.wait_for_turn(turns)
         engine.save(f"{name} {number}")
         engine.resume(f"{name} {number}")
-        engine.resume(f"{name} {number - 8}")
-        engine.prefetch(f"{name} {number - 10}")
-        engine.resume(f"{name} {number - 10}")
+        engine.prefetch(f"{name} {number - 12}")
+        engine.resume(started)
         engine.resume(f"{name} unknown {number}")
         if stop.wait(0.05):
             return
