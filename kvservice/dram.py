@@ -16,6 +16,7 @@ import fcntl
 import mmap
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,13 +56,24 @@ class Segment:
     generations_fd: int
     generations: np.ndarray
     """One uint64 per slot, in memory that clients map read-only."""
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+    """Called before the memory goes, by whoever made more of it (pinned it, say)."""
+    is_closed: bool = False
 
     @property
     def size_bytes(self) -> int:
         return self.slots * self.stride_bytes
 
+    @property
+    def address(self) -> int:
+        """Where this process maps it."""
+        return address_of(self.memory)
+
     def close(self) -> None:
         """Give the memory back at once, also where a client still maps it."""
+        self.is_closed = True
+        for undo in self.on_close:
+            undo()
         # A reader in the middle of a copy would find zeros from now on: this tells it that they are not its block.
         self.generations += np.uint64(1)
         _libc.fallocate(self.memory_fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, 0, self.size_bytes)
@@ -138,7 +150,7 @@ class Arena:
     def _advise(self, memory: mmap.mmap) -> None:
         """Advice is best effort: a system without huge pages or NUMA policy works without."""
         size_bytes = len(memory)
-        address = _address(memory)
+        address = address_of(memory)
         if self._huge_pages:
             _libc.madvise(address, size_bytes, mmap.MADV_HUGEPAGE)
         if self._numa_node >= 0 and platform.machine() in _MBIND_SYSCALL:
@@ -154,13 +166,14 @@ class Arena:
             )
 
 
-def _address(memory: mmap.mmap) -> int:
+def address_of(memory: mmap.mmap) -> int:
+    """Where a mapping starts."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _populate(memory: mmap.mmap) -> None:
     """Map every page into this process. Without it (Linux before 5.14) first touches are slower."""
-    _libc.madvise(_address(memory), len(memory), _MADV_POPULATE_WRITE)
+    _libc.madvise(address_of(memory), len(memory), _MADV_POPULATE_WRITE)
 
 
 def _memfd(name: str, size_bytes: int) -> int:
@@ -170,6 +183,13 @@ def _memfd(name: str, size_bytes: int) -> int:
     except OSError:
         os.close(descriptor)
         raise
+    return descriptor
+
+
+def sealed_memfd(name: str, size_bytes: int) -> int:
+    """Zeroed memory that nobody can resize. Raises OSError."""
+    descriptor = _memfd(name, size_bytes)
+    _seal(descriptor, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return descriptor
 
 

@@ -124,8 +124,30 @@ class FdSocket:
         return instance
 
     def _grant(self, peer: socket.socket, instance: Peer, request: pb.SocketRequest) -> None:
-        if request.WhichOneof("message") != "segment":
-            raise _tell(peer, InvalidRequest("only SegmentRequest may follow the hello", field="segment"))
+        match request.WhichOneof("message"):
+            case "segment":
+                self._grant_segment(peer, instance, request)
+            case "device_progress":
+                self._grant_progress(peer, instance, request.device_progress.registration_id)
+            case _:
+                raise _tell(
+                    peer,
+                    InvalidRequest(
+                        "only SegmentRequest and DeviceProgressRequest may follow the hello", field="segment"
+                    ),
+                )
+
+    def _grant_progress(self, peer: socket.socket, instance: Peer, registration_id: int) -> None:
+        try:
+            registration = self._store.device_copies.plane.find(instance.instance_id, registration_id)
+        except KVServiceError as error:
+            _send(peer, pb.SocketResponse(error=error_detail(error, where="fd_socket")[1]))
+            return
+        progress = registration.progress
+        grant = pb.DeviceProgressGrant(registration_id=registration_id, size_bytes=progress.size_bytes)
+        _send(peer, pb.SocketResponse(device_progress=grant), fds=(progress.descriptor,))
+
+    def _grant_segment(self, peer: socket.socket, instance: Peer, request: pb.SocketRequest) -> None:
         found = self._find_segment(instance, request.segment.segment_id)
         if found is None:
             # Also where it belongs to someone else, or was retired while the request was under way.

@@ -23,6 +23,7 @@ from kvservice.config import Config
 from kvservice.leases import HoldKind
 from kvservice.server import Daemon
 from kvservice.store import Store
+from kvservice_cuda.driver import Driver
 from tests.waiting import DEADLINE_S, eventually
 
 MIB = 1 << 20
@@ -221,9 +222,11 @@ class DaemonThread:
     A context manager; leaving it checks the invariants once more and stops the daemon.
     """
 
-    def __init__(self, socket_dir: Path | str, **knobs: object) -> None:
+    def __init__(self, socket_dir: Path | str, *, driver: Driver | None = None, **knobs: object) -> None:
         self.socket_dir = str(socket_dir)
-        values = SMALL | {"http_port": -1} | knobs
+        self._driver = driver
+        # A real GPU is for processes of their own: CUDA cannot open in one what the same one exported.
+        values = SMALL | {"http_port": -1, "device_plane": "off"} | knobs
         self.config = Config(socket_dir=self.socket_dir, **values)  # type: ignore[arg-type]  # checked when made
         self.daemon: Daemon
         self.tasks_killed: set[str] = set()
@@ -321,6 +324,6 @@ class DaemonThread:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        async with Daemon(self.config) as self.daemon:
+        async with Daemon(self.config, driver=self._driver) as self.daemon:
             self._is_ready.set()
             await self._stop.wait()

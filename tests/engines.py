@@ -32,13 +32,14 @@ class EngineFailed(Exception):
 class EngineProcess:
     """A process that imports the client library: commands go down a pipe, answers come up another.
 
-    A context manager that leaves no process behind. Args: `uid`, `gid`: become this user first (needs root).
+    A context manager that leaves no process behind. Args: `uid`, `gid`: become this user first (needs root); `program`:
+    what it runs.
     """
 
-    def __init__(self, *, uid: int = -1, gid: int = -1) -> None:
+    def __init__(self, *, uid: int = -1, gid: int = -1, program: Path = _PROGRAM) -> None:
         identity = [] if uid < 0 else [str(uid), str(gid)]
         self._popen = subprocess.Popen(
-            [sys.executable, str(_PROGRAM), *identity],
+            [sys.executable, str(program), *identity],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

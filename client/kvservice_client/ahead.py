@@ -58,12 +58,12 @@ class AheadOfNeed:
             return LookupResult()
         try:
             link = self._attachment.link()
-            request = pb.LookupRequest(namespace_id=self._namespace_id(link), hashes=self._pack(hashes))
+            request = pb.LookupRequest(namespace_id=self._namespace_id(link), hashes=self.pack(hashes))
             response = link.call(link.stub.Lookup, request, deadline_s)
         except InvalidRequest:
             raise
         except KVServiceError as error:
-            return LookupResult(reason=self._reason(error))
+            return LookupResult(reason=self.reason_of(error))
         in_dram = next((run.blocks for run in response.runs if run.held == pb.TIER_DRAM), 0)
         miss: int = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
         return LookupResult(response.hit_blocks, in_dram, MISS_REASONS.get(miss, Reason.NOT_HELD))
@@ -88,7 +88,7 @@ class AheadOfNeed:
                 return LoadPlan(looked.blocks, looked.blocks, looked.dram_blocks, reason=looked.reason)
             request = pb.PlanLoadRequest(
                 namespace_id=self._namespace_id(link),
-                hashes=self._pack(hashes),
+                hashes=self.pack(hashes),
                 prefill_tokens_per_s=prefill_tokens_per_s,
                 copy_bytes_per_s=self._copy_bytes_per_s,
             )
@@ -96,7 +96,7 @@ class AheadOfNeed:
         except InvalidRequest:
             raise
         except KVServiceError as error:
-            return LoadPlan(reason=self._reason(error))
+            return LoadPlan(reason=self.reason_of(error))
         return LoadPlan(
             response.load_blocks,
             response.hit_blocks,
@@ -118,7 +118,7 @@ class AheadOfNeed:
             link = self._attachment.link()
             request = pb.PrefetchRequest(
                 namespace_id=self._namespace_id(link),
-                hashes=self._pack(hashes),
+                hashes=self.pack(hashes),
                 session_id=session_id,
                 request_id=request_id,
             )
@@ -126,7 +126,7 @@ class AheadOfNeed:
         except InvalidRequest:
             raise
         except KVServiceError as error:
-            return PrefetchResult(reason=self._reason(error))
+            return PrefetchResult(reason=self.reason_of(error))
         in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
         started = sum(run.blocks for run in response.runs if run.WhichOneof("outcome") == "started")
         return PrefetchResult(in_dram, started)
@@ -185,7 +185,8 @@ class AheadOfNeed:
             seen, known = size_bytes / seconds, self._copy_bytes_per_s
             self._copy_bytes_per_s = known + _SPEED_SMOOTHING * (seen - known) if known else seen
 
-    def _pack(self, hashes: Sequence[bytes]) -> bytes:
+    def pack(self, hashes: Sequence[bytes]) -> bytes:
+        """The hashes as messages carry them. Raises InvalidRequest: one has another size than the namespace's."""
         size = self.namespace.hash_size_bytes
         if set(map(len, hashes)) - {size}:
             raise InvalidRequest(f"every hash of this namespace has {size} bytes")
@@ -194,5 +195,6 @@ class AheadOfNeed:
     def _namespace_id(self, link: Link) -> int:
         return link.welcome.namespace_ids[0]
 
-    def _reason(self, error: KVServiceError) -> Reason:
+    def reason_of(self, error: KVServiceError) -> Reason:
+        """What the facade answers for an error."""
         return Reason.CLOSED if self._attachment.status is Status.CLOSED else reason_of(error)

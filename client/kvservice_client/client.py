@@ -16,6 +16,7 @@ from kvservice_client.ahead import MISS_REASONS, AheadOfNeed
 from kvservice_client.attachment import Attachment
 from kvservice_client.errors import CapacityExhausted, InvalidRequest, KVServiceError
 from kvservice_client.holds import Lease, Reservation
+from kvservice_client.link import Link
 from kvservice_client.memory import Buffers, Copy, ThreadedCopier
 from kvservice_client.namespace import Namespace, default_socket_dir
 from kvservice_client.outcomes import (
@@ -159,7 +160,7 @@ class Client(AheadOfNeed):
             except InvalidRequest:
                 raise
             except KVServiceError as error:
-                return LoadResult(reason=self._reason(error))
+                return LoadResult(reason=self.reason_of(error))
 
     def save(
         self,
@@ -206,7 +207,7 @@ class Client(AheadOfNeed):
                     at_once = max(1, len(piece) // _SAVE_PIECE_SHRINK)
                     continue
                 except KVServiceError as error:
-                    return result.with_rest_refused(len(hashes), self._reason(error))
+                    return result.with_rest_refused(len(hashes), self.reason_of(error))
                 if reservation.refused:
                     return result.with_rest_refused(len(hashes), Reason.PARENT_MISSING)
                 start += len(piece)
@@ -221,6 +222,11 @@ class Client(AheadOfNeed):
             raise
         except KVServiceError:
             return  # the attachment is gone, and with it what the request held
+
+    @property
+    def link(self) -> Link:
+        """The attachment to use now. Raises DaemonUnreachable, ForkedClient."""
+        return self._attachment.link()
 
     # -------------------------------------------------------------- lower level
 
@@ -248,7 +254,7 @@ class Client(AheadOfNeed):
         link = self._attachment.link()
         request = pb.GetRequest(
             namespace_id=self._namespace_id(link),
-            hashes=self._pack(hashes),
+            hashes=self.pack(hashes),
             session_id=session_id,
             request_id=request_id,
             lease_ms=int(lease_s * 1000),
@@ -276,7 +282,7 @@ class Client(AheadOfNeed):
         request = pb.PutRequest(
             namespace_id=self._namespace_id(link),
             parent=parent,
-            hashes=self._pack(hashes),
+            hashes=self.pack(hashes),
             session_id=session_id,
             request_id=request_id,
             lease_ms=int(lease_s * 1000),

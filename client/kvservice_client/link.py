@@ -23,6 +23,7 @@ import grpc.experimental
 from kvservice_client.errors import (
     DaemonUnreachable,
     ForkedClient,
+    InternalError,
     KVServiceError,
     LeaseUnknown,
     NamespaceUnknown,
@@ -77,6 +78,7 @@ class Link:
         self._retired: set[int] = set()
         self._uses = 0
         self._owed: list[_Debt] = []
+        self._unsettled: set[int] = set()  # attempts that may still be granted something
         self._attempts = itertools.count(1)
         self._heard_at_s = time.monotonic()
         self.is_over = False
@@ -205,6 +207,19 @@ class Link:
             raise self._failed_attempt(error, request.attempt_id) from None
         return response
 
+    def is_settled(self, attempt_id: int) -> bool:
+        """Whether nothing that this attempt asked for will still happen: it was answered, or given up and heard."""
+        return attempt_id not in self._unsettled
+
+    @property
+    def is_hung_up(self) -> bool:
+        """Whether the daemon's process has ended, or has hung up on this one."""
+        return self._memory_socket.is_hung_up
+
+    def device_progress(self, registration_id: int) -> tuple[int, int]:
+        """See `MemorySocket.device_progress`."""
+        return self._memory_socket.device_progress(registration_id)
+
     def end_hold(self, *, lease_id: int = 0, reservation_id: int = 0) -> None:
         """Release or abort. Never raises: what fails is tried again later, as a debt.
 
@@ -280,9 +295,10 @@ class Link:
     def _failed_attempt(self, error: grpc.RpcError, attempt_id: int) -> KVServiceError:
         """The call may have granted something though its answer did not arrive: that is owed back."""
         translated = self._failed(error)
-        if isinstance(translated, DaemonUnreachable):
+        if isinstance(translated, (DaemonUnreachable, InternalError)):
             with self._lock:
                 self._owed.append(_Debt(attempt_id=attempt_id))
+                self._unsettled.add(attempt_id)
         return translated
 
     def _pay(self, debt: _Debt) -> None:
@@ -295,6 +311,7 @@ class Link:
                     attempt_ids=[debt.attempt_id] if debt.attempt_id else [],
                 )
                 self.call(self.stub.Release, request, _END_TIMEOUT_S)
+                self._unsettled.discard(debt.attempt_id)
         except LeaseUnknown:
             pass  # ended already: an earlier try arrived though its answer did not
         except KVServiceError:

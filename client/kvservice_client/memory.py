@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,6 +81,13 @@ class Segment:
         _libc.madvise(self.address, size_bytes, _MADV_POPULATE_WRITE)
         self._generations = (ctypes.c_uint64 * slots).from_address(self._generations_address)
         self._is_mapped = True
+        self.on_unmap: list[Callable[[], None]] = []
+        """Called before the address range goes, by whoever made more of it (pinned it, say)."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the mapping."""
+        return self._size_bytes
 
     def slot_address(self, slot: int) -> int:
         """Where a slot starts."""
@@ -94,6 +101,8 @@ class Segment:
         """Give the address range back; nothing may use it any more. May be called twice."""
         if self._is_mapped:
             self._is_mapped = False
+            for undo in self.on_unmap:
+                undo()
             _libc.munmap(self.address, self._size_bytes)
             _libc.munmap(self._generations_address, self._generations_bytes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -71,6 +72,32 @@ class MemorySocket:
             return _map(response.segment, fds, segment_id)
         except (InvalidRequest, OSError, DecodeError) as error:
             raise DaemonUnreachable(f"segment {segment_id} of the daemon's memory cannot be used: {error}") from error
+
+    def device_progress(self, registration_id: int) -> tuple[int, int]:
+        """The descriptor, the caller's from now on, and the size of a registration's progress words. Blocks.
+
+        Raises:
+            KVServiceError: the registration is gone. DaemonUnreachable: the daemon does not answer.
+        """
+        request = pb.SocketRequest(device_progress=pb.DeviceProgressRequest(registration_id=registration_id))
+        try:
+            response, fds = self._exchange(request)
+        except (OSError, DecodeError) as error:
+            raise DaemonUnreachable(f"the daemon does not hand out its progress words: {error}") from error
+        if len(fds) != 1:
+            for descriptor in fds:
+                os.close(descriptor)
+            raise DaemonUnreachable(f"the daemon sent {len(fds)} descriptors for its progress words")
+        return fds[0], response.device_progress.size_bytes
+
+    @property
+    def is_hung_up(self) -> bool:
+        """Whether the daemon's process has ended, or has hung up on this one."""
+        if self._socket.fileno() < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Hang up: this process touches the daemon's memory no more."""

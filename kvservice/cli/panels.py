@@ -104,11 +104,12 @@ def _namespace_rates(stats: pb.StatsResponse, rates: Mapping[NamespaceKey, Names
 
 
 def _instances(stats: pb.StatsResponse) -> Table:
-    table = _table(("Instance", "Tenant"), ("Process", "Attached", "Leases", "Reservations", "Quarantined"))
+    table = _table(("Instance", "Tenant", "Plane"), ("Process", "Attached", "Leases", "Reservations", "Quarantined"))
     for instance in stats.attached_instances:
         table.add_row(
             Text(f"{instance.instance_id} {foreign(instance.name)}"),
             Text(foreign(instance.tenant)),
+            Text(foreign(instance.plane)),
             f"{instance.process_id}",
             duration(instance.attached_s),
             f"{instance.leases:,}",

@@ -167,6 +167,14 @@ class Config:
         "others need too. Lower: engines recompute more of what is on NVMe.",
     )
 
+    device_plane: str = knob(
+        "auto",
+        DRAM,
+        "Copies straight to and from engines' GPU memory, by CUDA IPC. auto: offered where this process sees a GPU; "
+        "its first use takes about 0.5 GiB of the GPU. off: engines copy through shared memory.",
+        choices=("auto", "off"),
+    )
+
     high_watermark: float = knob(
         0.95,
         EVICTION,

@@ -28,6 +28,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvservice.blocks import DropReason, Tier
+from kvservice.metrics.gpu_copies import GpuCopies
 from kvservice.metrics.latency import Evictions, Operations
 from kvservice.metrics.prefetching import Prefetches
 from kvservice.metrics.savings import Savings
@@ -233,6 +234,7 @@ class Metrics:
         )
         self.nvme_read_seconds = took.labels(direction="nvme_to_dram")
         self.nvme_written_seconds = took.labels(direction="dram_to_nvme")
+        self.gpu_copies = GpuCopies(self.registry, bytes_moved=moved, seconds=took)
         self.nvme_given_up_blocks = self._counter(
             "kvservice_write_behind_given_up_blocks", "Committed blocks that no disk took: they live in DRAM only."
         )

@@ -22,9 +22,9 @@ from kvservice.server.listeners import Health, listen_tls, make_server
 from kvservice.server.sockets import SocketDirectory
 from kvservice.server.tasks import BackgroundTasks
 from kvservice.service import ControlService, ObserverService
-from kvservice.service.control import PLANES
 from kvservice.status import Board, render
 from kvservice.store import Store
+from kvservice_cuda.driver import Driver
 
 _UPKEEP_INTERVAL_S = 0.1
 _STATUS_INTERVAL_S = 1.0
@@ -59,14 +59,17 @@ async def _serve(config: Config) -> None:
 class Daemon:
     """One daemon. An async context manager: entered, it serves."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, driver: Driver | None = None) -> None:
+        """`driver`: of the GPUs; None: the system's, unless the configuration turns the device plane off."""
         self.config = config
         self.metrics = Metrics(
             version=__version__,
             prefill_tokens_per_gpu_s=config.prefill_tokens_per_gpu_s,
             gpu_hour_price=config.gpu_hour_price,
         )
-        self.store = Store(config, self.metrics)
+        if driver is None and config.device_plane == "auto":
+            driver = Driver()
+        self.store = Store(config, self.metrics, driver=driver)
         self.health = Health()
         self.tasks = BackgroundTasks(self.metrics, on_death=self._on_task_death)
         self.http_address = ""
@@ -184,7 +187,7 @@ class Daemon:
             http_address=self.http_address,
             tcp_port=self.tcp_port,
             dram_bytes=config.dram_bytes,
-            planes=PLANES,
+            planes=self.store.device_copies.planes,
             version=__version__,
         )
 

@@ -14,6 +14,7 @@ from kvservice.metrics import Metrics
 from kvservice.service import getting, hints, messages, reports
 from kvservice.service.block_requests import BlockRequests, RequestedBlocks
 from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
+from kvservice.service.devices import Devices
 from kvservice.service.messages import require_text
 from kvservice.store import Peer, Store, explain
 from kvservice.store.outcomes import Granted
@@ -22,7 +23,6 @@ from kvservice_proto.v1 import kvservice_pb2_grpc
 
 PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
-PLANES = "shared-memory (the daemon has no CUDA plane)"
 
 _HELLO_TIMEOUT_S = 10.0
 _NOTICES_MAX = 1024
@@ -40,6 +40,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._started_at_s = store.clock()
         self._attach_calls = metrics.rpc("Attach")
         self._get_calls = metrics.rpc("Get")
+        self._devices = Devices(store, self._instance)
         self.block_requests = BlockRequests(metrics, clock=store.clock)
         for method, answer in (
             ("Lookup", self._lookup),
@@ -56,6 +57,8 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             ("Forget", self._forget),
             ("Stats", self._stats),
             ("Explain", self._explain),
+            ("RegisterDevice", self._devices.register),
+            ("UnregisterDevice", self._devices.unregister),
         ):
             setattr(self, method, unary(metrics.rpc(method), method, answer))
 
@@ -89,7 +92,8 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         """The lease and what is in DRAM at once; what is on NVMe in order as it arrives."""
         started_s = time.perf_counter()
         try:
-            granted = await self._granted(well_formed(request), context)
+            places = self._devices.places(well_formed(request), context)
+            granted = await self._granted(request, context)
         except Exception as error:  # noqa: BLE001  # everything must become a status
             status, detail = error_detail(error, where="Get")
             self._get_calls.observe(time.perf_counter() - started_s, status.name)
@@ -102,7 +106,11 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         with RequestedBlocks(
             self.block_requests, granted, spec, instance_id=instance.instance_id, started_s=started_s
         ) as requested:
-            async for response in getting.responses(granted, wait_s=wait_s):
+            if places is None:
+                responses = getting.responses(granted, wait_s=wait_s)
+            else:
+                responses = self._devices.get_responses(instance, granted, places, wait_s=wait_s)
+            async for response in responses:
                 requested.answered(response)
                 await context.write(response)
 
@@ -135,16 +143,20 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         )
         return pb.RenewResponse(lease_ms=int(renewed.duration_s * 1000))
 
-    def _release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+    async def _release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         self._require_few(request.lease_ids, "lease_ids")
         request_id = require_text(request.request_id, "request_id")
         self._require_few(request.attempt_ids, "attempt_ids")
-        ended = self._store.release(self._instance(context), request.lease_ids, request_id, request.attempt_ids)
+        instance = self._instance(context)
+        ended = self._store.release(instance, request.lease_ids, request_id, request.attempt_ids)
+        await self._store.device_copies.until_quiet(instance, request.attempt_ids)
         return pb.ReleaseResponse(released=ended.live, expired=ended.expired)
 
     async def _put(self, request: pb.PutRequest, context: Context) -> pb.PutResponse:
+        instance = self._instance(context)
+        places = self._devices.places(request, context)
         reserved = await self._store.put(
-            self._instance(context),
+            instance,
             request.namespace_id,
             request.parent,
             request.hashes,
@@ -153,7 +165,10 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             duration_s=request.lease_ms / 1000,
             attempt_id=request.attempt_id,
         )
-        response = messages.put_response(reserved)
+        if places is None:
+            response = messages.put_response(reserved)
+        else:
+            response = self._devices.put_response(instance, request.namespace_id, reserved, places)
         for run in response.runs:
             self._metrics.put_blocks[str(run.WhichOneof("outcome"))].inc(run.blocks)
         return response
@@ -214,7 +229,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             epoch=self.epoch,
             started_at_s=self._started_at_s,
             state=self._state(),
-            planes=PLANES,
+            planes=self._store.device_copies.planes,
         )
 
     def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
@@ -271,7 +286,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
                 session_hints_max=hints.SESSION_HINTS_MAX,
                 aliases_per_session_max=config.aliases_per_session_max,
             ),
-            planes=PLANES,
+            planes=self._store.device_copies.planes,
             segment_ids=segment_ids,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from kvservice.service import messages
 from kvservice.store.arrivals import Landing
@@ -15,6 +16,29 @@ _MISSES = {
     Landing.TIER_OFFLINE: Miss.TIER_OFFLINE,
     Landing.GONE: Miss.NOT_HELD,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """How many blocks of a Get lead in DRAM, and why not more."""
+
+    blocks: int
+    miss: Miss
+
+
+async def landed_prefix(granted: Granted, *, wait_s: float | None) -> Landed:
+    """Wait, in order, for what is being read.
+
+    Args:
+        wait_s: at most so long; None: as long as the call lasts.
+    """
+    loop = asyncio.get_running_loop()
+    ends_at_s = None if wait_s is None else loop.time() + wait_s
+    for position in sorted(granted.pending):
+        landing = await _landing(granted, position, None if ends_at_s is None else ends_at_s - loop.time())
+        if landing is not Landing.OK:
+            return Landed(position, Miss.OVER_LIMIT if landing is None else _MISSES[landing])
+    return Landed(len(granted.slots), granted.miss)
 
 
 async def responses(granted: Granted, *, wait_s: float | None) -> AsyncIterator[pb.GetResponse]:

@@ -14,7 +14,7 @@ from kvservice.instances import Identity
 from kvservice.metrics import Metrics
 from kvservice.service import messages, reports
 from kvservice.service.calls import Context, unary
-from kvservice.service.control import PLANES, ControlService
+from kvservice.service.control import ControlService
 from kvservice.store import Store, explain
 from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
 from kvservice_proto.v1 import kvservice_pb2 as pb
@@ -40,7 +40,7 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
             epoch=self._control.epoch,
             started_at_s=self._started_at_s,
             state=self._state(),
-            planes=PLANES,
+            planes=self._store.device_copies.planes,
         )
 
     def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:

@@ -46,6 +46,16 @@ def stats(
             for instance in store.instances
             if instance.is_attached and instance.tenant == tenant
         ],
+        devices=[
+            pb.DeviceStats(
+                name=usage.name,
+                uuid=usage.uuid,
+                state=usage.state,
+                registrations=usage.registrations,
+                registered_bytes=usage.registered_bytes,
+            )
+            for usage in store.device_copies.plane.usage()
+        ],
     )
 
 
@@ -86,4 +96,5 @@ def _instance_stats(store: Store, instance: Peer) -> pb.InstanceStats:
         reservations=leases.count(HoldKind.WRITE, instance_id=instance_id),
         quarantined_slots=leases.quarantined_slots(instance_id=instance_id),
         queued_requests=store.waiting.length(instance),
+        plane=store.device_copies.plane_of(instance),
     )

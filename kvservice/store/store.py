@@ -23,6 +23,7 @@ from kvservice.metrics import Metrics
 from kvservice.nvme import Files, RealFiles
 from kvservice.store import invariants
 from kvservice.store.checksummer import Checksummer
+from kvservice.store.device_copies import DeviceCopies
 from kvservice.store.disk_space import DiskSpace
 from kvservice.store.disks import Disks
 from kvservice.store.durability import Durability
@@ -52,6 +53,7 @@ from kvservice.store.waiting import WaitingRequests
 from kvservice.store.write_behind import WriteBehind
 from kvservice.store.writing import Writing
 from kvservice.tiers import TierUsage
+from kvservice_cuda.driver import Driver
 
 
 class Store:
@@ -65,11 +67,12 @@ class Store:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         files: Files | None = None,
+        driver: Driver | None = None,
     ) -> None:
         """Args:
         clock: seconds, for everything that lasts; never goes back.
         wall_clock: seconds since 1970, for what must be understood after a restart.
-        files: what the NVMe tier stands on; None: the operating system's.
+        files, driver: what NVMe tier and device plane stand on; None: the operating system's files, no device plane.
         """
         self.config = config
         self.metrics = metrics
@@ -125,6 +128,7 @@ class Store:
             duration_s=config.lease_s,
             duration_s_max=config.lease_s_max,
         )
+        self.device_copies = DeviceCopies(driver, self._holds, metrics, clock=clock)
         self.durability = Durability(
             config,
             self.disks,
@@ -184,6 +188,7 @@ class Store:
         if instance.is_attached:
             self.instances.detach(instance)
             self.waiting.instance_left(instance)
+            self.device_copies.forget(instance)
             self._holds.expire(self.leases.expire_instance(instance.instance_id))
 
     def hang_up(self, instance: Peer) -> None:
@@ -393,11 +398,12 @@ class Store:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody reads or writes: no live holds."""
-        return all(hold.expired for hold in self.leases)
+        """Whether nobody reads or writes: no live holds, no copies to or from GPUs."""
+        return all(hold.expired for hold in self.leases) and not self.device_copies.plane.copies_in_flight
 
     def close(self) -> None:
         """Give all memory back. Blocks until threads are done."""
+        self.device_copies.plane.close()
         self.checksummer.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
         for namespace in self.namespaces.values():

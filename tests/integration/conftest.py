@@ -61,7 +61,7 @@ def make_daemon_thread(short_path: Path, stack: ExitStack) -> MakeDaemonThread:
     """Call it with knobs for a daemon in this process, whose invariants are checked when the test ends."""
 
     def make(directory: str = "daemon", **knobs: object) -> DaemonThread:
-        return stack.enter_context(DaemonThread(short_path / directory, **knobs))
+        return stack.enter_context(DaemonThread(short_path / directory, **knobs))  # type: ignore[arg-type]
 
     return make
 

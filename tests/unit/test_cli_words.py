@@ -176,7 +176,9 @@ def response(*, uptime_s: float = 3725.0, epoch: str = "e1", asked: int = 100, h
             )
         ],
         attached_instances=[
-            pb.InstanceStats(instance_id=7, name="engine-1", process_id=4242, attached_s=61.0, leases=2)
+            pb.InstanceStats(
+                instance_id=7, name="engine-1", process_id=4242, attached_s=61.0, leases=2, plane="cuda-ipc"
+            )
         ],
     )
 
@@ -199,6 +201,7 @@ def test_totals_show_tiers_namespaces_and_instances() -> None:
     for shown in ("12,345", "1.0 GiB", "75.0 %", "none", "lru", "200", "50"):
         assert shown in namespace, shown
     (instance,) = (line for line in text.splitlines() if "engine-1" in line)
+    assert "cuda-ipc" in instance
     assert instance.split()[:2] == ["7", "engine-1"]
     assert "4242" in instance
 

@@ -135,10 +135,16 @@ class SharedMemoryHandles(_message.Message):
     def __init__(self, segment_id: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Handles(_message.Message):
-    __slots__ = ("shared_memory",)
+    __slots__ = ("shared_memory", "device")
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     shared_memory: SharedMemoryHandles
-    def __init__(self, shared_memory: _Optional[_Union[SharedMemoryHandles, _Mapping]] = ...) -> None: ...
+    device: DeviceHandles
+    def __init__(self, shared_memory: _Optional[_Union[SharedMemoryHandles, _Mapping]] = ..., device: _Optional[_Union[DeviceHandles, _Mapping]] = ...) -> None: ...
+
+class DeviceHandles(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("hello", "ping")
@@ -263,7 +269,7 @@ class LookupRun(_message.Message):
     def __init__(self, blocks: _Optional[int] = ..., held: _Optional[_Union[Tier, str]] = ..., miss: _Optional[_Union[MissReason, str]] = ..., shift_tokens: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("namespace_id", "hashes", "session_id", "request_id", "lease_ms", "max_blocks", "attempt_id", "wait_ms", "accepts_shifts")
+    __slots__ = ("namespace_id", "hashes", "session_id", "request_id", "lease_ms", "max_blocks", "attempt_id", "wait_ms", "accepts_shifts", "device")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +279,7 @@ class GetRequest(_message.Message):
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_SHIFTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     namespace_id: int
     hashes: bytes
     session_id: str
@@ -282,7 +289,8 @@ class GetRequest(_message.Message):
     attempt_id: int
     wait_ms: int
     accepts_shifts: bool
-    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., max_blocks: _Optional[int] = ..., attempt_id: _Optional[int] = ..., wait_ms: _Optional[int] = ..., accepts_shifts: bool = ...) -> None: ...
+    device: DeviceBlocks
+    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., max_blocks: _Optional[int] = ..., attempt_id: _Optional[int] = ..., wait_ms: _Optional[int] = ..., accepts_shifts: bool = ..., device: _Optional[_Union[DeviceBlocks, _Mapping]] = ...) -> None: ...
 
 class GetResponse(_message.Message):
     __slots__ = ("lease_id", "lease_ms", "runs")
@@ -341,7 +349,7 @@ class ReleaseResponse(_message.Message):
     def __init__(self, released: _Optional[int] = ..., expired: _Optional[int] = ...) -> None: ...
 
 class PutRequest(_message.Message):
-    __slots__ = ("namespace_id", "parent", "hashes", "session_id", "request_id", "lease_ms", "attempt_id")
+    __slots__ = ("namespace_id", "parent", "hashes", "session_id", "request_id", "lease_ms", "attempt_id", "device")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
@@ -349,6 +357,7 @@ class PutRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     namespace_id: int
     parent: bytes
     hashes: bytes
@@ -356,7 +365,8 @@ class PutRequest(_message.Message):
     request_id: str
     lease_ms: int
     attempt_id: int
-    def __init__(self, namespace_id: _Optional[int] = ..., parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., attempt_id: _Optional[int] = ...) -> None: ...
+    device: DeviceBlocks
+    def __init__(self, namespace_id: _Optional[int] = ..., parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., attempt_id: _Optional[int] = ..., device: _Optional[_Union[DeviceBlocks, _Mapping]] = ...) -> None: ...
 
 class PutResponse(_message.Message):
     __slots__ = ("reservation_id", "lease_ms", "runs")
@@ -495,6 +505,90 @@ class KeptRun(_message.Message):
     blocks: int
     new_first_block: int
     def __init__(self, first_block: _Optional[int] = ..., blocks: _Optional[int] = ..., new_first_block: _Optional[int] = ...) -> None: ...
+
+class RegisterDeviceRequest(_message.Message):
+    __slots__ = ("namespace_id", "device_uuid", "regions", "pieces", "blocks", "unavailable")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    device_uuid: bytes
+    regions: _containers.RepeatedCompositeFieldContainer[DeviceRegion]
+    pieces: _containers.RepeatedCompositeFieldContainer[DevicePiece]
+    blocks: int
+    unavailable: str
+    def __init__(self, namespace_id: _Optional[int] = ..., device_uuid: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[DeviceRegion, _Mapping]]] = ..., pieces: _Optional[_Iterable[_Union[DevicePiece, _Mapping]]] = ..., blocks: _Optional[int] = ..., unavailable: _Optional[str] = ...) -> None: ...
+
+class DeviceRegion(_message.Message):
+    __slots__ = ("ipc_handle", "offset_bytes", "size_bytes")
+    IPC_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ipc_handle: bytes
+    offset_bytes: int
+    size_bytes: int
+    def __init__(self, ipc_handle: _Optional[bytes] = ..., offset_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class DevicePiece(_message.Message):
+    __slots__ = ("region", "offset_bytes", "block_stride_bytes", "size_bytes", "layer")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_STRIDE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    offset_bytes: int
+    block_stride_bytes: int
+    size_bytes: int
+    layer: int
+    def __init__(self, region: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., block_stride_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ..., layer: _Optional[int] = ...) -> None: ...
+
+class RegisterDeviceResponse(_message.Message):
+    __slots__ = ("registration_id", "lanes")
+    REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    registration_id: int
+    lanes: int
+    def __init__(self, registration_id: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
+
+class UnregisterDeviceRequest(_message.Message):
+    __slots__ = ("registration_id",)
+    REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
+    registration_id: int
+    def __init__(self, registration_id: _Optional[int] = ...) -> None: ...
+
+class UnregisterDeviceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DeviceBlocks(_message.Message):
+    __slots__ = ("registration_id", "block_ids", "lane", "sequence")
+    REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    registration_id: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    lane: int
+    sequence: int
+    def __init__(self, registration_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lane: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class DeviceStats(_message.Message):
+    __slots__ = ("name", "uuid", "state", "registrations", "registered_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATIONS_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    uuid: bytes
+    state: str
+    registrations: int
+    registered_bytes: int
+    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[bytes] = ..., state: _Optional[str] = ..., registrations: _Optional[int] = ..., registered_bytes: _Optional[int] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
     __slots__ = ("namespace_id", "hashes", "session_id", "request_id")
@@ -695,7 +789,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("daemon_version", "daemon_epoch", "uptime_s", "state", "planes", "instances", "leases", "reservations", "quarantined_slots", "tiers", "namespaces", "attached_instances")
+    __slots__ = ("daemon_version", "daemon_epoch", "uptime_s", "state", "planes", "instances", "leases", "reservations", "quarantined_slots", "tiers", "namespaces", "attached_instances", "devices")
     DAEMON_VERSION_FIELD_NUMBER: _ClassVar[int]
     DAEMON_EPOCH_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -708,6 +802,7 @@ class StatsResponse(_message.Message):
     TIERS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     daemon_version: str
     daemon_epoch: str
     uptime_s: float
@@ -720,7 +815,8 @@ class StatsResponse(_message.Message):
     tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
     attached_instances: _containers.RepeatedCompositeFieldContainer[InstanceStats]
-    def __init__(self, daemon_version: _Optional[str] = ..., daemon_epoch: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., planes: _Optional[str] = ..., instances: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., attached_instances: _Optional[_Iterable[_Union[InstanceStats, _Mapping]]] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceStats]
+    def __init__(self, daemon_version: _Optional[str] = ..., daemon_epoch: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., planes: _Optional[str] = ..., instances: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., attached_instances: _Optional[_Iterable[_Union[InstanceStats, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceStats, _Mapping]]] = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("tier", "state", "capacity_bytes", "used_bytes")
@@ -777,7 +873,7 @@ class NamespaceStats(_message.Message):
     def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ..., aliases: _Optional[int] = ..., shifted_hit_blocks: _Optional[int] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
-    __slots__ = ("instance_id", "name", "tenant", "process_id", "attached_s", "leases", "reservations", "quarantined_slots", "queued_requests")
+    __slots__ = ("instance_id", "name", "tenant", "process_id", "attached_s", "leases", "reservations", "quarantined_slots", "plane", "queued_requests")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -786,6 +882,7 @@ class InstanceStats(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    PLANE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     instance_id: int
     name: str
@@ -795,8 +892,9 @@ class InstanceStats(_message.Message):
     leases: int
     reservations: int
     quarantined_slots: int
+    plane: str
     queued_requests: int
-    def __init__(self, instance_id: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., process_id: _Optional[int] = ..., attached_s: _Optional[float] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    def __init__(self, instance_id: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., process_id: _Optional[int] = ..., attached_s: _Optional[float] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., plane: _Optional[str] = ..., queued_requests: _Optional[int] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("hash", "fingerprint")
@@ -905,12 +1003,14 @@ class ErrorDetail(_message.Message):
     def __init__(self, reason: _Optional[_Union[ErrorReason, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., error_id: _Optional[str] = ...) -> None: ...
 
 class SocketRequest(_message.Message):
-    __slots__ = ("hello", "segment")
+    __slots__ = ("hello", "segment", "device_progress")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     hello: SocketHello
     segment: SegmentRequest
-    def __init__(self, hello: _Optional[_Union[SocketHello, _Mapping]] = ..., segment: _Optional[_Union[SegmentRequest, _Mapping]] = ...) -> None: ...
+    device_progress: DeviceProgressRequest
+    def __init__(self, hello: _Optional[_Union[SocketHello, _Mapping]] = ..., segment: _Optional[_Union[SegmentRequest, _Mapping]] = ..., device_progress: _Optional[_Union[DeviceProgressRequest, _Mapping]] = ...) -> None: ...
 
 class SocketHello(_message.Message):
     __slots__ = ("protocol_version_min", "protocol_version_max")
@@ -926,15 +1026,31 @@ class SegmentRequest(_message.Message):
     segment_id: int
     def __init__(self, segment_id: _Optional[int] = ...) -> None: ...
 
+class DeviceProgressRequest(_message.Message):
+    __slots__ = ("registration_id",)
+    REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
+    registration_id: int
+    def __init__(self, registration_id: _Optional[int] = ...) -> None: ...
+
 class SocketResponse(_message.Message):
-    __slots__ = ("welcome", "segment", "error")
+    __slots__ = ("welcome", "segment", "error", "device_progress")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     welcome: SocketWelcome
     segment: SegmentGrant
     error: ErrorDetail
-    def __init__(self, welcome: _Optional[_Union[SocketWelcome, _Mapping]] = ..., segment: _Optional[_Union[SegmentGrant, _Mapping]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
+    device_progress: DeviceProgressGrant
+    def __init__(self, welcome: _Optional[_Union[SocketWelcome, _Mapping]] = ..., segment: _Optional[_Union[SegmentGrant, _Mapping]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., device_progress: _Optional[_Union[DeviceProgressGrant, _Mapping]] = ...) -> None: ...
+
+class DeviceProgressGrant(_message.Message):
+    __slots__ = ("registration_id", "size_bytes")
+    REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    registration_id: int
+    size_bytes: int
+    def __init__(self, registration_id: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class SocketWelcome(_message.Message):
     __slots__ = ("token", "daemon_epoch")

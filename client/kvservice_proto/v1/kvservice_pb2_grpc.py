@@ -79,6 +79,16 @@ class KVCacheServiceStub(object):
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateRequest.SerializeToString,
                 response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateResponse.FromString,
                 _registered_method=True)
+        self.RegisterDevice = channel.unary_unary(
+                '/kvservice.v1.KVCacheService/RegisterDevice',
+                request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.RegisterDeviceRequest.SerializeToString,
+                response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.RegisterDeviceResponse.FromString,
+                _registered_method=True)
+        self.UnregisterDevice = channel.unary_unary(
+                '/kvservice.v1.KVCacheService/UnregisterDevice',
+                request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UnregisterDeviceRequest.SerializeToString,
+                response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UnregisterDeviceResponse.FromString,
+                _registered_method=True)
         self.Prefetch = channel.unary_unary(
                 '/kvservice.v1.KVCacheService/Prefetch',
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.PrefetchRequest.SerializeToString,
@@ -186,6 +196,21 @@ class KVCacheServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RegisterDevice(self, request, context):
+        """Make an engine's KV cache in GPU memory known, so that Get and Put may name
+        its blocks. Ends with UnregisterDevice, or with the attachment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnregisterDevice(self, request, context):
+        """Forget it. Answered when no copy touches that memory any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Prefetch(self, request, context):
         """Bring blocks closer (NVMe to DRAM) without waiting for it.
         """
@@ -283,6 +308,16 @@ def add_KVCacheServiceServicer_to_server(servicer, server):
                     servicer.Truncate,
                     request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateRequest.FromString,
                     response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateResponse.SerializeToString,
+            ),
+            'RegisterDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterDevice,
+                    request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.RegisterDeviceRequest.FromString,
+                    response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.RegisterDeviceResponse.SerializeToString,
+            ),
+            'UnregisterDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnregisterDevice,
+                    request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UnregisterDeviceRequest.FromString,
+                    response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.UnregisterDeviceResponse.SerializeToString,
             ),
             'Prefetch': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefetch,
@@ -563,6 +598,60 @@ class KVCacheService(object):
             '/kvservice.v1.KVCacheService/Truncate',
             kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateRequest.SerializeToString,
             kvservice__proto_dot_v1_dot_kvservice__pb2.TruncateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.KVCacheService/RegisterDevice',
+            kvservice__proto_dot_v1_dot_kvservice__pb2.RegisterDeviceRequest.SerializeToString,
+            kvservice__proto_dot_v1_dot_kvservice__pb2.RegisterDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnregisterDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.KVCacheService/UnregisterDevice',
+            kvservice__proto_dot_v1_dot_kvservice__pb2.UnregisterDeviceRequest.SerializeToString,
+            kvservice__proto_dot_v1_dot_kvservice__pb2.UnregisterDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,119 @@
+"""RegisterDevice, and Get and Put whose bytes the daemon copies to and from GPU memory itself."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+from kvservice.errors import InvalidRequest
+from kvservice.service import getting, messages
+from kvservice.service.calls import Context
+from kvservice.store import LANES, DevicePlaces, Peer, Region, Store
+from kvservice.store.outcomes import Granted, Reserved
+from kvservice_cuda.api import IPC_HANDLE_BYTES
+from kvservice_cuda.geometry import PIECES_MAX, Geometry, Piece
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+_UUID_BYTES = 16
+
+
+class Devices:
+    """The device plane's part of the contract. On the event loop."""
+
+    def __init__(self, store: Store, instance_of: Callable[[Context], Peer]) -> None:
+        self._store = store
+        self._instance_of = instance_of
+
+    async def register(self, request: pb.RegisterDeviceRequest, context: Context) -> pb.RegisterDeviceResponse:
+        """Open an engine's KV cache, or note why it offers none."""
+        instance = self._instance_of(context)
+        namespace = self._store.namespace(instance, request.namespace_id)
+        if request.unavailable:
+            why = messages.require_text(request.unavailable, "unavailable")
+            self._store.device_copies.note_unavailable(instance, why)
+            return pb.RegisterDeviceResponse()
+        if len(request.device_uuid) != _UUID_BYTES:
+            raise InvalidRequest(f"device_uuid has {len(request.device_uuid)} bytes, not 16", field="device_uuid")
+        messages.require_between(len(request.pieces), 1, PIECES_MAX, "pieces")
+        registration = await self._store.device_copies.register(
+            instance, namespace, request.device_uuid, _regions(request), _geometry(request)
+        )
+        return pb.RegisterDeviceResponse(registration_id=registration.registration_id, lanes=LANES)
+
+    async def unregister(self, request: pb.UnregisterDeviceRequest, context: Context) -> pb.UnregisterDeviceResponse:
+        """Answered when nothing touches that memory any more."""
+        await self._store.device_copies.unregister(self._instance_of(context), request.registration_id)
+        return pb.UnregisterDeviceResponse()
+
+    def places(self, request: pb.GetRequest | pb.PutRequest, context: Context) -> DevicePlaces | None:
+        """What the call names, checked; None where it is not for this plane.
+
+        Raises:
+            InvalidRequest, LeaseUnknown, Overloaded.
+        """
+        if not request.HasField("device"):
+            return None
+        instance = self._instance_of(context)
+        namespace = self._store.namespace(instance, request.namespace_id)
+        return self._store.device_copies.require_places(
+            instance,
+            namespace,
+            registration_id=request.device.registration_id,
+            block_ids=request.device.block_ids,
+            lane=request.device.lane,
+            sequence=request.device.sequence,
+            attempt_id=request.attempt_id,
+            hashes=len(request.hashes) // namespace.spec.hash_size_bytes,
+        )
+
+    def put_response(
+        self, instance: Peer, namespace_id: int, reserved: Reserved, places: DevicePlaces
+    ) -> pb.PutResponse:
+        """Begin to copy what was reserved. Nothing waited since it was."""
+        self._store.device_copies.save(self._store.namespace(instance, namespace_id), reserved, places)
+        response = messages.put_response(reserved)
+        for run in response.runs:
+            if run.HasField("reserved"):
+                run.reserved.CopyFrom(pb.Handles(device=pb.DeviceHandles()))
+        return response
+
+    async def get_responses(
+        self, instance: Peer, granted: Granted, places: DevicePlaces, *, wait_s: float | None
+    ) -> AsyncIterator[pb.GetResponse]:
+        """The one message of a Get: sent when the copies have begun; how far they are is told in their lane.
+
+        Args:
+            wait_s: how long to wait for blocks that are being read from NVMe; None: as long as the call lasts.
+        """
+        copies = self._store.device_copies
+        try:
+            landed = await getting.landed_prefix(granted, wait_s=wait_s)
+            copy = copies.load(instance, granted, places, landed.blocks)
+        except BaseException:
+            copies.end_lease(instance, granted)
+            raise
+        copied = landed.blocks if copy is not None else 0
+        response = pb.GetResponse()
+        if copied:
+            response.runs.add(blocks=copied, handles=pb.Handles(device=pb.DeviceHandles()))
+        messages.add_misses(response, len(granted.slots) - copied + granted.missed, landed.miss)
+        yield response
+
+
+def _regions(request: pb.RegisterDeviceRequest) -> list[Region]:
+    for position, region in enumerate(request.regions):
+        if len(region.ipc_handle) != IPC_HANDLE_BYTES:
+            raise InvalidRequest(
+                f"the handle of region {position} has {len(region.ipc_handle)} bytes, not {IPC_HANDLE_BYTES}",
+                field="ipc_handle",
+            )
+    return [Region(each.ipc_handle, each.offset_bytes, each.size_bytes) for each in request.regions]
+
+
+def _geometry(request: pb.RegisterDeviceRequest) -> Geometry:
+    return Geometry(
+        request.blocks,
+        tuple(
+            Piece(each.region, each.offset_bytes, each.block_stride_bytes, each.size_bytes, each.layer)
+            for each in request.pieces
+        ),
+    )

@@ -1,0 +1,300 @@
+"""devices: a GPU made of host memory and one thread, behind the driver's interface, for machines without one.
+
+Streams, events, flags and copies have the driver's order and nothing more: whatever may run, runs in any order. Every
+copy is checked: both ends inside an allocation, or inside pinned memory. A test can hold the copy engines still, let
+them fail, and ask what is open, pinned and allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from kvservice_cuda.api import IPC_HANDLE_BYTES, CudaError
+from kvservice_cuda.driver import Batch, Context, Driver
+
+UUID = bytes(range(16))
+ILLEGAL_ADDRESS = 700
+INVALID_VALUE = 1
+
+Step = Callable[[], bool]
+"""Part of a stream's work: does it and says True, or says False where it must wait."""
+
+
+class FakeGpu:
+    """The state that all processes see. A context manager: leaving it ends the thread."""
+
+    def __init__(self) -> None:
+        self.allocations: dict[int, mmap.mmap] = {}
+        self.unexportable: set[int] = set()
+        self.opened: list[int] = []
+        self.pinned: dict[int, int] = {}
+        self.is_held = False
+        self.failure: CudaError | None = None
+        self.copied_bytes = 0
+        self.queued_copies = 0
+        self.passed: dict[int, int] = {}
+        self.recorded: dict[int, int] = {}
+        self.changed = threading.Condition(threading.RLock())
+        self._streams: dict[int, deque[Step]] = {}
+        self._next = 1
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="fake gpu", daemon=True)
+
+    def __enter__(self) -> FakeGpu:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self.changed:
+            self._is_over = True
+            self.changed.notify_all()
+        self._thread.join()
+
+    @property
+    def driver(self) -> FakeDriver:
+        return FakeDriver(self)
+
+    # ------------------------------------------------------------------- memory
+
+    def allocate(self, size_bytes: int, *, exportable: bool = True) -> int:
+        memory = mmap.mmap(-1, size_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.allocations[address] = memory
+        if not exportable:
+            self.unexportable.add(address)
+        return address
+
+    def array(self, address: int) -> np.ndarray:
+        """The bytes of an allocation, by its start."""
+        return np.frombuffer(self.allocations[address], dtype=np.uint8)
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        for start, memory in self.allocations.items():
+            if start <= address < start + len(memory):
+                return start, len(memory)
+        raise CudaError(f"{address:#x} is in no allocation", INVALID_VALUE)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing that is queued runs meanwhile."""
+        self.is_held = True
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.is_held = False
+                self.changed.notify_all()
+
+    # ------------------------------------------------------------------ streams
+
+    def number(self) -> int:
+        with self.changed:
+            self._next += 1
+            return self._next
+
+    def new_stream(self) -> int:
+        stream = self.number()
+        self._streams[stream] = deque()
+        return stream
+
+    def queue(self, stream: int, step: Step) -> None:
+        with self.changed:
+            if self.failure is not None and self.failure.is_fatal:
+                raise self.failure
+            self._streams.setdefault(stream, deque()).append(step)
+            self.changed.notify_all()
+
+    def fail(self, error: CudaError) -> None:
+        """The GPU is lost: nothing that is queued runs."""
+        with self.changed:
+            self.failure = error
+            for each in self._streams.values():
+                each.clear()
+            self.changed.notify_all()
+
+    def is_idle(self, stream: int) -> bool:
+        return not self._streams.get(stream)
+
+    def copy(self, batch: Batch) -> None:
+        for array in zip(*_arrays(batch), strict=True):
+            destination, source, size = (int(number) for number in array)
+            self._require_usable(destination, size)
+            self._require_usable(source, size)
+            ctypes.memmove(destination, source, size)
+            self.copied_bytes += size
+
+    def _require_usable(self, address: int, size_bytes: int) -> None:
+        ranges = [(start, len(memory)) for start, memory in self.allocations.items()] + list(self.pinned.items())
+        if not any(start <= address and address + size_bytes <= start + length for start, length in ranges):
+            raise CudaError(f"a copy at {address:#x} leaves what it may touch", ILLEGAL_ADDRESS)
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                if self._is_over:
+                    return
+                has_moved = False if self.is_held else self._advance()
+                self.changed.notify_all()
+                if not has_moved:
+                    # A flag may be stored by a CPU, which tells nobody.
+                    self.changed.wait(0.001)
+
+    def _advance(self) -> bool:
+        has_moved = False
+        for steps in list(self._streams.values()):
+            while steps:
+                try:
+                    if not steps[0]():
+                        break
+                except CudaError as error:
+                    self.fail(error)
+                    return True
+                steps.popleft()
+                has_moved = True
+        return has_moved
+
+
+def _arrays(batch: Batch) -> list[np.ndarray]:
+    addresses = (batch.destinations_address, batch.sources_address, batch.sizes_address)
+    return [np.frombuffer(ctypes.string_at(address, 8 * batch.pieces), dtype=np.uint64) for address in addresses]
+
+
+class _Copied:
+    """A batch whose arrays the caller may free once it is queued, as the driver promises."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.arrays = _arrays(batch)
+        self.pieces = batch.pieces
+        self.destinations_address, self.sources_address, self.sizes_address = (
+            int(array.ctypes.data) for array in self.arrays
+        )
+
+
+class FakeContext(Context):
+    """One process's way to the GPU."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.ordinal = 0
+        self.gpu = gpu
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        yield
+
+    def close(self) -> None:
+        pass
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        return self.gpu.allocation_of(address)
+
+    def pin(self, address: int, size_bytes: int) -> int:
+        self.gpu.pinned[address] = size_bytes
+        return address
+
+    def unpin(self, address: int) -> None:
+        del self.gpu.pinned[address]
+
+    def export_allocation(self, address: int) -> bytes:
+        start, _ = self.gpu.allocation_of(address)
+        return start.to_bytes(IPC_HANDLE_BYTES, "little")
+
+    def open_allocation(self, handle: bytes) -> int:
+        start = int.from_bytes(handle, "little")
+        if start not in self.gpu.allocations:
+            raise CudaError("cuIpcOpenMemHandle: no such allocation", INVALID_VALUE)
+        self.gpu.opened.append(start)
+        return start
+
+    def close_allocation(self, address: int) -> None:
+        self.gpu.opened.remove(address)
+
+    def stream(self, *, urgent: bool = False) -> int:
+        return self.gpu.new_stream()
+
+    def end_stream(self, stream: int) -> None:
+        pass
+
+    def synchronize(self, stream: int) -> None:
+        self._until(lambda: self.gpu.is_idle(stream))
+
+    def event(self) -> int:
+        return self.gpu.number()
+
+    def end_event(self, event: int) -> None:
+        pass
+
+    def record(self, event: int, stream: int) -> None:
+        number = self.gpu.recorded[event] = self.gpu.recorded.get(event, 0) + 1
+
+        def step() -> bool:
+            self.gpu.passed[event] = max(number, self.gpu.passed.get(event, 0))
+            return True
+
+        self.gpu.queue(stream, step)
+
+    def await_event(self, event: int) -> None:
+        number = self.gpu.recorded.get(event, 0)
+        self._until(lambda: self.gpu.passed.get(event, 0) >= number)
+
+    def order_after(self, stream: int, event: int) -> None:
+        number = self.gpu.recorded.get(event, 0)
+        self.gpu.queue(stream, lambda: self.gpu.passed.get(event, 0) >= number)
+
+    def write_flag(self, stream: int, address: int, value: int) -> None:
+        def step() -> bool:
+            ctypes.c_uint64.from_address(address).value = value
+            return True
+
+        self.gpu.queue(stream, step)
+
+    def await_flag(self, stream: int, address: int, value: int) -> None:
+        self.gpu.queue(stream, lambda: ctypes.c_uint64.from_address(address).value >= value)
+
+    def copy_batch(self, stream: int, batch: Batch) -> None:
+        copied = _Copied(batch)
+        self.gpu.queued_copies += 1
+
+        def step() -> bool:
+            self.gpu.copy(copied)
+            return True
+
+        self.gpu.queue(stream, step)
+
+    def _until(self, is_done: Callable[[], bool]) -> None:
+        with self.gpu.changed:
+            self.gpu.changed.wait_for(lambda: is_done() or self.gpu.failure is not None)
+            if not is_done() and self.gpu.failure is not None:
+                raise self.gpu.failure
+
+
+class FakeDriver(Driver):
+    """A machine with that one GPU."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    def ordinal_of(self, uuid: bytes) -> int | None:
+        return 0 if uuid == UUID else None
+
+    def names(self) -> list[str]:
+        return ["fake GPU"]
+
+    def uuid(self, ordinal: int) -> bytes:
+        return UUID
+
+    def ordinal_at(self, address: int) -> int:
+        self.gpu.allocation_of(address)
+        return 0
+
+    def is_exportable(self, address: int) -> bool:
+        return address not in self.gpu.unexportable
+
+    def context(self, ordinal: int) -> FakeContext:
+        return FakeContext(self.gpu)
