@@ -64,6 +64,8 @@ FIGURES: Sequence[Figure] = (
     Figure("nvme_first_block_share", "nvme", Direction.AT_MOST, 0.05),
     Figure("recovery_s_per_million", "recovery", Direction.AT_MOST, 10),
     Figure("loop_stall_ratio", "recovery", Direction.AT_MOST, 3),
+    Figure("vllm_cold_overhead", "vllm_reuse", Direction.AT_LEAST, 0.97),
+    Figure("vllm_multi_turn_ttft_ratio", "vllm_reuse", Direction.AT_MOST, 0.5),
 )
 
 

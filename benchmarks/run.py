@@ -14,7 +14,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import index_memory, lookup, mooncake_reference, nvme, recovery, redis_reference, shared_memory
+from benchmarks import (
+    index_memory,
+    lookup,
+    mooncake_reference,
+    nvme,
+    recovery,
+    redis_reference,
+    shared_memory,
+    vllm_reuse,
+)
 from benchmarks.figures import FIGURES, table
 from benchmarks.measuring import Record, Skipped, progress
 from benchmarks.settings import FULL, QUICK, Settings
@@ -25,6 +34,7 @@ SUBJECTS: Mapping[str, Callable[[Settings], Iterator[Record]]] = {
     "redis_reference": redis_reference.measure,
     "mooncake_reference": mooncake_reference.measure,
     "index_memory": index_memory.measure,
+    "vllm_reuse": vllm_reuse.measure,
     "nvme": nvme.measure,
     "recovery": recovery.measure,
 }

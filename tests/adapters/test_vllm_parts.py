@@ -107,7 +107,7 @@ class Answers:
 
 
 def asked(*clients: Answers, promotion_wait_s: float = 5.0) -> Held:
-    lookups = Lookups(clients, Counters(), promotion_wait_s=promotion_wait_s)  # type: ignore[arg-type]
+    lookups = Lookups(clients, Counters(), lookup_wait_s=1.0, promotion_wait_s=promotion_wait_s)  # type: ignore[arg-type]
     lookups.ask("r", "", chain("c", 9))
     eventually(lambda: not lookups.is_pending("r"))
     held = lookups.answer("r")

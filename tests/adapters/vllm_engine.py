@@ -21,6 +21,10 @@ TOKENS_PER_BLOCK = 32
 """The smallest block of vLLM's CPU backend."""
 
 
+PATIENT: dict[str, Any] = {"lookup_wait_s": 10.0, "promotion_wait_s": 20.0, "attach_wait_s": 20.0}
+"""Options of the adapter with which a busy machine does not decide whether a block is reused."""
+
+
 class EngineFailed(Exception):
     """The command raised in the engine; `kind` is the exception's class."""
 
@@ -108,7 +112,7 @@ class VllmEngine:
 
     def open_attached(self, model: Path, daemon: DaemonProcess | None, **arguments: Any) -> None:
         """Start an engine with the adapter on that daemon, or without; "options" are the adapter's."""
-        options: dict[str, Any] = arguments.pop("options", {})
+        options: dict[str, Any] = PATIENT | arguments.pop("options", {})
         if daemon is not None:
             arguments["kv_transfer_config"] = transfer_config(socket_dir=daemon.socket_dir, **options)
         self.open(model, **arguments)

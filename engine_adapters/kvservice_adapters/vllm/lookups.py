@@ -15,8 +15,13 @@ from kvservice_adapters.vllm.counters import Counters
 
 _log = logging.getLogger(__name__)
 
-_CALL_TIMEOUT_S = 1.0
+_CALL_TIMEOUT_S_MIN = 1.0
 _PROMOTION_POLL_S = 0.01
+# Said by the daemon about blocks; every other reason says that it could not be asked.
+_ANSWERS = frozenset({
+    kv.Reason.OK, kv.Reason.NOT_HELD, kv.Reason.BEING_WRITTEN, kv.Reason.CORRUPT, kv.Reason.TIER_OFFLINE,
+    kv.Reason.OVER_LIMIT,
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +68,14 @@ class Lookups:
         clients: Sequence[kv.Client],
         counters: Counters,
         *,
+        lookup_wait_s: float,
         promotion_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clients = clients
         self._counters = counters
+        # Nobody waits longer; but an answer that comes too late for one step still serves a request that queues.
+        self._call_timeout_s = max(lookup_wait_s, _CALL_TIMEOUT_S_MIN)
         self._promotion_wait_s = promotion_wait_s
         self._clock = clock
         self._changed = threading.Condition()
@@ -143,7 +151,9 @@ class Lookups:
     def _find_out(self, question: _Question) -> None:
         blocks = ready = len(question.hashes)
         for client in self._clients:
-            found = client.lookup(question.hashes[:blocks], deadline_s=_CALL_TIMEOUT_S)
+            found = client.lookup(question.hashes[:blocks], deadline_s=self._call_timeout_s)
+            if found.reason not in _ANSWERS:
+                self._counters.add("failed_lookups", reason=found.reason.value)
             blocks, ready = min(blocks, found.blocks), min(ready, found.dram_blocks)
             if blocks == 0:
                 break

@@ -13,6 +13,7 @@ SERIES = {
     "lookups": "Requests that were looked up in the store.",
     "hit_blocks": "Blocks that the store held and the engine did not.",
     "late_lookups": "Requests that were computed because their lookup took too long.",
+    "failed_lookups": "Lookups that the daemon did not answer, by reason; the requests were computed.",
     "prefetches": "Requests whose blocks were fetched from NVMe ahead of their turn.",
     "loaded_blocks": "Blocks that were loaded instead of computed.",
     "loaded_bytes": "Bytes of loaded blocks.",

@@ -71,7 +71,12 @@ class SchedulerHalf:
                     copy_threads=1,
                 )
             )
-        self._lookups = Lookups(self._clients, self.counters, promotion_wait_s=self._options.promotion_wait_s)
+        self._lookups = Lookups(
+            self._clients,
+            self.counters,
+            lookup_wait_s=self._options.lookup_wait_s,
+            promotion_wait_s=self._options.promotion_wait_s,
+        )
         self._status = StatusLog("scheduler", self._clients[0])
 
     # ---------------------------------------------------------------- arrivals
