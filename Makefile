@@ -21,7 +21,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help environment vllm-environment kubernetes-environment demo test test-engines check check-format check-lint check-types check-imports check-protos \
+.PHONY: help environment vllm-environment kubernetes-environment demo test test-engines check check-format check-lint check-types check-imports check-protos gpu \
 	bench protos format clean clean-environment
 
 help: ## list the targets
@@ -58,6 +58,9 @@ check-protos: $(DEV_STAMP)
 bench: $(DEV_STAMP) ## the figures, also in build/bench.jsonl; BENCH_ARGS chooses
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+gpu: ## on a machine with a GPU: its tests and figures
+	bash scripts/gpu.sh
 
 protos: $(DEV_STAMP) ## regenerate client/kvservice_proto from protos/
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/generate_protos.sh

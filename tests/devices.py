@@ -33,8 +33,11 @@ class FakeGpu:
     def __init__(self) -> None:
         self.allocations: dict[int, mmap.mmap] = {}
         self.unexportable: set[int] = set()
+        self.is_honest = True
+        """Whether the attribute says what cannot be exported: expandable segments have it and fail."""
         self.opened: list[int] = []
         self.pinned: dict[int, int] = {}
+        self.pins_left = 1 << 30
         self.is_held = False
         self.failure: CudaError | None = None
         self.copied_bytes = 0
@@ -195,6 +198,9 @@ class FakeContext(Context):
         return self.gpu.allocation_of(address)
 
     def pin(self, address: int, size_bytes: int) -> int:
+        if not self.gpu.pins_left:
+            raise CudaError("cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY (2)", 2)
+        self.gpu.pins_left -= 1
         self.gpu.pinned[address] = size_bytes
         return address
 
@@ -203,6 +209,8 @@ class FakeContext(Context):
 
     def export_allocation(self, address: int) -> bytes:
         start, _ = self.gpu.allocation_of(address)
+        if start in self.gpu.unexportable:
+            raise CudaError("cuIpcGetMemHandle: CUDA_ERROR_INVALID_VALUE (1)", INVALID_VALUE)
         return start.to_bytes(IPC_HANDLE_BYTES, "little")
 
     def open_allocation(self, handle: bytes) -> int:
@@ -294,7 +302,7 @@ class FakeDriver(Driver):
         return 0
 
     def is_exportable(self, address: int) -> bool:
-        return address not in self.gpu.unexportable
+        return address not in self.gpu.unexportable or not self.gpu.is_honest
 
     def context(self, ordinal: int) -> FakeContext:
         return FakeContext(self.gpu)

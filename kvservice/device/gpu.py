@@ -101,6 +101,8 @@ class Gpu:
     ) -> int:  # fmt: skip
         if not self.is_online:
             raise CudaError(self.state)
+        if registration.is_closed:
+            raise CudaError("the engine has left: nothing is written into its memory any more")
         for each in places:
             self._pin(each.segment)
         host = np.concatenate(
@@ -130,6 +132,8 @@ class Gpu:
         try:
             addresses = [self._open_region(position, region, opened) for position, region in
                          enumerate(registration.regions)]  # fmt: skip
+            for segment in segments:
+                self._pin(segment)
             progress = registration.progress
             progress.device_address = self.context.pin(progress.address, progress.size_bytes)
         except BaseException:
@@ -138,8 +142,6 @@ class Gpu:
             raise
         registration.opened = opened
         registration.plan = Plan(registration.geometry, np.array(addresses, dtype=np.uint64))
-        for segment in segments:
-            self._pin(segment)
 
     def _open_region(self, position: int, region: Region, opened: list[int]) -> int:
         try:

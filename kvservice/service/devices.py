@@ -69,7 +69,8 @@ class Devices:
         self, instance: Peer, namespace_id: int, reserved: Reserved, places: DevicePlaces
     ) -> pb.PutResponse:
         """Begin to copy what was reserved. Nothing waited since it was."""
-        self._store.device_copies.save(self._store.namespace(instance, namespace_id), reserved, places)
+        namespace = self._store.namespace(instance, namespace_id)
+        self._store.device_copies.save(instance, namespace, reserved, places)
         response = messages.put_response(reserved)
         for run in response.runs:
             if run.HasField("reserved"):

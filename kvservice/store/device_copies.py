@@ -168,8 +168,15 @@ class DeviceCopies:
         except LeaseUnknown:
             return
 
-    def save(self, namespace: Namespace, reserved: Reserved, places: DevicePlaces) -> None:
-        """Begin to copy what a Put reserved: the last blocks of its chain."""
+    def save(self, instance: Peer, namespace: Namespace, reserved: Reserved, places: DevicePlaces) -> None:
+        """Begin to copy what a Put reserved: the last blocks of its chain.
+
+        Raises:
+            LeaseUnknown: the registration was closed while the Put waited for room; nothing is reserved.
+        """
+        if places.registration.is_closed and reserved.hold_id:
+            self._holds.end(self._holds.find(instance, HoldKind.WRITE, [reserved.hold_id])[0])
+            raise LeaseUnknown("the registration was closed meanwhile: register again")
         if len(reserved.slots):
             self._start(
                 Direction.SAVE, namespace, places, places.block_ids[-len(reserved.slots) :], reserved.slots

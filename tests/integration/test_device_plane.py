@@ -120,6 +120,15 @@ def test_blocks_come_back_bit_by_bit_to_other_places(
     eventually(lambda: daemon.holds() == (0, 0, 0))
 
 
+def test_memory_that_fails_to_be_exported_takes_the_other_plane_whatever_its_attribute_says(
+    make_engine: MakeEngine, gpu: FakeGpu
+) -> None:
+    gpu.is_honest = False
+    engine = make_engine(exportable=False)
+    assert engine.kv.plane.name == "mapped"
+    assert "expandable segments, sleep mode); cuIpcGetMemHandle" in engine.kv.plane.why
+
+
 @pytest.mark.parametrize("exportable", [True, False])
 def test_what_the_device_plane_saved_reads_the_same_through_shared_memory(
     make_engine: MakeEngine, *, exportable: bool

@@ -114,6 +114,37 @@ def test_closing_waits_for_copies_and_new_ones_are_refused_meanwhile(gpu: FakeGp
     run(work())
 
 
+def test_what_waits_to_be_queued_when_its_engine_leaves_is_never_written(gpu: FakeGpu) -> None:
+    setting = Setting(gpu)
+
+    async def work() -> None:
+        registration = await setting.register()
+        copy = setting.start(registration)
+        setting.plane.forget(1)  # before the thread that queues has had its turn
+        assert await copy.done is False
+        assert gpu.queued_copies == 0
+        assert setting.done == ["0/1"]
+        await asyncio.gather(*setting.plane._tasks)
+        assert not gpu.opened
+        setting.plane.close()
+
+    run(work())
+
+
+def test_memory_that_cannot_be_pinned_leaves_nothing_open(gpu: FakeGpu) -> None:
+    setting = Setting(gpu)
+    gpu.pins_left = 0
+
+    async def work() -> None:
+        with pytest.raises(InvalidRequest, match="refuses: cuMemHostRegister"):
+            await setting.register()
+        assert not gpu.opened
+        assert not gpu.pinned
+        setting.plane.close()
+
+    run(work())
+
+
 def test_forgetting_an_instance_closes_what_is_its_own_only(gpu: FakeGpu) -> None:
     setting = Setting(gpu)
 

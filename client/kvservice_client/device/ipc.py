@@ -12,6 +12,7 @@ from kvservice_client.device.load import DeviceLoad, Transfer, Watchdog
 from kvservice_client.errors import DaemonUnreachable, InvalidRequest, KVServiceError
 from kvservice_client.link import Link
 from kvservice_client.outcomes import Reason, SaveResult
+from kvservice_cuda.api import CudaError
 from kvservice_cuda.driver import Context, Driver
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
@@ -253,13 +254,8 @@ def registration_request(
         span[:] = [min(span[0], part.address), max(span[1], end)]
         starts.append(start)
     for start, (first, end) in spans.items():
-        if not driver.is_exportable(start):
-            raise NotExportable(
-                "the KV cache is in memory that legacy CUDA IPC cannot export (cuMemCreate or a memory pool: "
-                "expandable segments, sleep mode)"
-            )
         request.regions.add(
-            ipc_handle=context.export_allocation(start), offset_bytes=first - start, size_bytes=end - first
+            ipc_handle=_exported(driver, context, start), offset_bytes=first - start, size_bytes=end - first
         )
     order = list(spans)
     for part, start in zip(cache.parts, starts, strict=True):
@@ -271,3 +267,19 @@ def registration_request(
             layer=part.layer,
         )
     return request
+
+
+def _exported(driver: Driver, context: Context, start: int) -> bytes:
+    """The handle of an allocation. The attribute alone does not tell: expandable segments have it and fail."""
+    why = ""
+    try:
+        if driver.is_exportable(start):
+            return context.export_allocation(start)
+    except CudaError as error:
+        if error.is_fatal:
+            raise
+        why = f"; {error}"
+    raise NotExportable(
+        "the KV cache is in memory that legacy CUDA IPC cannot export (cuMemCreate or a memory pool: expandable "
+        f"segments, sleep mode){why}"
+    )

@@ -89,7 +89,7 @@ class DeviceKV:
         deadline_s: float = _CALL_TIMEOUT_S,
         after: int = 0,
     ) -> DeviceLoad:
-        """Begin to copy the longest held prefix into the engine's blocks. Blocks until copies are queued, not longer.
+        """Begin to copy the longest held prefix into the engine's blocks. Blocks until that has begun, not longer.
 
         The destination belongs to the load until it `is_quiet`, also where it failed: give it to nobody else before.
 
