@@ -30,7 +30,7 @@ def fold_records(records: np.ndarray) -> np.ndarray:
     counts = kinds == RecordKind.STORED
     counts[_superseded(records)] = False
     stored = np.sort(last[counts[last]])
-    live = records[stored].copy()
+    live = records[stored]
     order = np.argsort(live["extent"], kind="stable")
     in_order = live["extent"][order]
     touches = np.flatnonzero(kinds == RecordKind.TOUCHED)

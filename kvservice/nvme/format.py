@@ -188,16 +188,16 @@ def unpack_pages(data: bytes, *, file_number: int) -> tuple[np.ndarray, int]:
         & (pages["file_number"] == file_number)
         & (pages["count"] <= RECORDS_PER_PAGE)
     )
-    is_intact[is_intact] = _page_checksums(pages[is_intact]) == checksums[is_intact]
-    is_written = (pages.view(np.uint8).reshape(len(pages), PAGE_BYTES) != 0).any(axis=1) | (checksums != 0)
-    intact = pages[is_intact]
-    is_record = np.arange(RECORDS_PER_PAGE) < intact["count"][:, None]
-    return intact["records"][is_record], int(np.count_nonzero(is_written & ~is_intact))
+    is_intact &= _page_checksums(pages) == checksums
+    others = pages[~is_intact].view(np.uint8).reshape(-1, PAGE_BYTES)
+    is_written = others.any(axis=1) | (checksums[~is_intact] != 0)
+    is_record = is_intact[:, None] & (np.arange(RECORDS_PER_PAGE) < pages["count"][:, None])
+    return pages["records"][is_record], int(np.count_nonzero(is_written))
 
 
 def _page_checksums(pages: np.ndarray) -> np.ndarray:
     """Of pages whose checksum is zero."""
-    content = memoryview(pages.tobytes())
+    content = pages.view(np.uint8).data
     starts = range(0, len(content), PAGE_BYTES)
     sums = (xxhash.xxh3_64_intdigest(content[start : start + PAGE_BYTES]) for start in starts)
     return np.fromiter(sums, dtype=np.uint64, count=len(pages))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 
@@ -96,7 +97,10 @@ def _restore_one(
     alias_rows = np.flatnonzero(order >= blocks).astype(np.int32)
     reached = [aliases[at - blocks] for at in order[alias_rows].tolist()]
     # What only an alias reaches has bytes and no name.
-    unnamed = np.setdiff1d(np.array([at_extent[alias.extent] for alias in reached], dtype=np.int64), order)
+    is_named = np.zeros(len(names), dtype=bool)
+    is_named[order] = True
+    sources_at = np.unique(np.array([at_extent[alias.extent] for alias in reached], dtype=np.int64))
+    unnamed = sources_at[~is_named[sources_at]]
     positions = np.concatenate((order, unnamed))
     index = _index_of(names, positions, parent_positions, (extents, checksums, uses, last_used_s, depths))
     row_of = {at: row for row, at in enumerate(positions.tolist())} if at_extent else {}
@@ -177,10 +181,10 @@ def _reachable(
     hashes: Sequence[BlockHash], parents: Sequence[bytes], depths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the blocks whose whole prefix is there, fronts first, and their parents' new positions."""
-    position_of = dict(zip(hashes, range(len(hashes)), strict=True))
+    position_of: dict[bytes, int] = dict(zip(hashes, range(len(hashes)), strict=True))
 
     def positions(of: Iterable[bytes]) -> np.ndarray:
-        return np.fromiter((position_of.get(BlockHash(one), NO_ROW) for one in of), dtype=np.int64, count=len(hashes))
+        return np.fromiter(map(position_of.get, of, repeat(NO_ROW)), dtype=np.int64, count=len(hashes))
 
     is_last = positions(hashes) == np.arange(len(hashes))  # of a block that stands twice, the later record counts
     parent_of = positions(parents)
