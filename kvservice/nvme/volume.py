@@ -191,11 +191,11 @@ class Volume:
             if segment not in kept:
                 self._files.remove(directories.segment_path(self.directory, segment.header.segment_id))
         remembered = recollect(names, kept, records, damaged)
+        self._named = set(names)
+        self._disown(remembered)
         self._segments.adopt(kept, remembered.recovered.extent)
         owners = self._segments.owners()
         self._specs = {digest: spec for digest, spec in names.items() if digest in owners}
-        self._named = set(names)
-        self._disown(remembered)
         return remembered.recovered
 
     def probe(self) -> None:

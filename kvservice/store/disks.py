@@ -55,6 +55,8 @@ class Disk:
         self.volume = volume
         self.state = DiskState.RECOVERING
         self.why = ""
+        self.is_recovered = False
+        """Whether what it holds is known; writing before that would go over it."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="nvme")
         self.transfers = TransferQueue(self._executor, depth=threads, waiting_max=waiting_max)
         self.throttle = Throttle(bytes_per_s_max)
@@ -96,6 +98,10 @@ class Disk:
             return
         self._usual_s_per_byte = usual + _SMOOTHING * (rate - usual) if usual else rate
 
+    def recovered(self) -> None:
+        """What it holds is known: it can be used."""
+        self.state, self.is_recovered = DiskState.ONLINE, True
+
     def come_back(self) -> None:
         """It works again."""
         self.state, self.why = DiskState.ONLINE, ""
@@ -104,7 +110,7 @@ class Disk:
 
     async def came_back(self) -> bool:
         """If it is offline and time, try it; whether it is online again."""
-        if self.state is not DiskState.OFFLINE or time.monotonic() < self._probe_at_s:
+        if self.state is not DiskState.OFFLINE or not self.is_recovered or time.monotonic() < self._probe_at_s:
             return False
         self._probe_at_s = time.monotonic() + _PROBE_INTERVAL_S
         try:

@@ -9,7 +9,7 @@ from functools import partial
 from kvservice.config import Config
 from kvservice.nvme import Files, Volume
 from kvservice.store import recovery
-from kvservice.store.disks import Disk, Disks, DiskState
+from kvservice.store.disks import Disk, Disks
 from kvservice.store.journal import Journal
 from kvservice.store.registry import Registry
 from kvservice.store.write_behind import WriteBehind
@@ -74,7 +74,7 @@ class Durability:
             try:
                 found.append((disk, await loop.run_in_executor(None, disk.volume.recover)))
             except OSError as error:
-                disk.fail(f"recovery failed: {error}")
+                disk.fail(f"recovery failed, restart the daemon when the device works: {error}")
         restoring = partial(recovery.restore, self._disks, found, now_s=self._clock(), wall_now_s=self._wall_clock())
         restored = await loop.run_in_executor(None, restoring)
         for one in restored:
@@ -87,7 +87,7 @@ class Durability:
             else:
                 recovery.adopt(namespace, one, self._clock())
         for disk, _ in found:
-            disk.state = DiskState.ONLINE
+            disk.recovered()
         self.recovered_blocks = sum(len(one.coldest_first) for one in restored)
         self._write_what_waited()
 

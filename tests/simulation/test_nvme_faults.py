@@ -178,3 +178,36 @@ def test_a_disk_that_lies_and_fails_costs_misses_only(seed: int, tmp_path: Path)
         bad = [extent for extent in survey.check() if extent.is_bad]
     assert not bad, "something was recorded that is not on the disk"
     assert len(files.faults) >= 5, f"too little went wrong: {dict(files.faults)}"
+
+
+def test_a_disk_that_fails_while_it_recovers_is_not_written_over(tmp_path: Path) -> None:
+    class Failing(RealFiles):
+        is_failing = False
+
+        def read(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+            if self.is_failing:
+                raise OSError(errno.EIO, "the test says so")
+            return super().read(descriptor, buffers, offset)
+
+    files = Failing()
+
+    async def scenario() -> None:
+        node = Node(tmp_path, files=files)
+        await node.start()
+        await node.engine.save(chain("old", 6))
+        await node.stop()
+        files.is_failing = True
+        await node.start()
+        files.is_failing = False
+        disk = node.store.disks.disks[0]
+        disk._probe_at_s = 0.0
+        assert not await disk.came_back()
+        assert "restart the daemon" in disk.why
+        await node.engine.save(chain("new", 6))
+        assert await node.load(chain("new", 6)) == 6, "DRAM serves"
+        await node.stop()
+        await node.start()
+        assert await node.load(chain("old", 6)) == 6
+        await node.stop()
+
+    asyncio.run(scenario())
