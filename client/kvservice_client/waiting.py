@@ -16,6 +16,7 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _MESSAGE_HASH_BYTES = 1024 * 1024
 _TEXT_LENGTH_MAX = 200
+_INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +150,8 @@ class QueueMirror:
         entry = pb.QueueEntry(
             request_id=request.request_id,
             session_id=request.session_id[:_TEXT_LENGTH_MAX],
-            new_tokens=max(0, request.new_tokens),
-            priority=request.priority,
+            new_tokens=max(0, min(request.new_tokens, _INT32_MAX)),
+            priority=max(-_INT32_MAX, min(request.priority, _INT32_MAX)),
         )
         before = self._left.get(request.request_id) or self._left.get(self._last_of_session.get(request.session_id, ""))
         shared = _shared(before.hashes, request.hashes) if before is not None else 0

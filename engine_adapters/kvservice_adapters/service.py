@@ -4,7 +4,7 @@
 to count, to delay or, in the demo's control run, to corrupt what was loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import kvservice_client
@@ -18,8 +18,14 @@ class KVClient(Protocol):
         """Whether a daemon answers at the moment."""
         ...
 
-    def lookup(self, hashes: Sequence[bytes]) -> kvservice_client.LookupResult:
-        """How many leading blocks are held."""
+    def plan_load(self, hashes: Sequence[bytes], *, prefill_tokens_per_s: float = 0.0) -> kvservice_client.LoadPlan:
+        """How many leading blocks are held, and how many of them to load rather than to recompute."""
+        ...
+
+    def update_queue(
+        self, waiting: Sequence[kvservice_client.WaitingRequest], *, started: Collection[str] = ()
+    ) -> None:
+        """Which requests wait, the next to start first; returns at once."""
         ...
 
     def load(
@@ -29,6 +35,7 @@ class KVClient(Protocol):
         *,
         session_id: str = "",
         request_id: str = "",
+        wait_s: float = 0.0,
         deadline_s: float = 10.0,
     ) -> kvservice_client.LoadResult:
         """Copy the leading held blocks into the caller's buffer; blocks until they are there."""

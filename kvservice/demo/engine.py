@@ -11,7 +11,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TextIO
 
 import torch
@@ -61,13 +61,18 @@ class FaultyClient:
         """False while the control makes the engine compute nonsense: the adapter then saves nothing of it."""
         return self._client.attached and not self.control_armed
 
-    def lookup(self, hashes: Sequence[bytes]) -> kvservice_client.LookupResult:
+    def plan_load(self, hashes: Sequence[bytes], *, prefill_tokens_per_s: float = 0.0) -> kvservice_client.LoadPlan:
         """As the service says, or nothing where blocks are to be lost."""
-        hits = self._client.lookup(hashes)
-        self._dram_blocks = hits.dram_blocks
+        plan = self._client.plan_load(hashes, prefill_tokens_per_s=prefill_tokens_per_s)
+        self._dram_blocks = plan.dram_blocks
         if self._sabotage == "lose-blocks":
-            return dataclasses.replace(hits, blocks=0, dram_blocks=0, reason=kvservice_client.Reason.NOT_HELD)
-        return hits
+            return kvservice_client.LoadPlan(reason=kvservice_client.Reason.NOT_HELD)
+        return plan
+
+    def update_queue(
+        self, waiting: Sequence[kvservice_client.WaitingRequest], *, started: Collection[str] = ()
+    ) -> None:
+        """Not passed on: the demo shows which tier blocks come from, and look-ahead would have fetched them all."""
 
     def load(
         self,
@@ -76,11 +81,12 @@ class FaultyClient:
         *,
         session_id: str = "",
         request_id: str = "",
+        wait_s: float = 0.0,
         deadline_s: float = 10.0,
     ) -> kvservice_client.LoadResult:
         """As the service does; in the control, the sign of every number is flipped afterwards."""
         done = self._client.load(
-            hashes, destination, session_id=session_id, request_id=request_id, deadline_s=deadline_s
+            hashes, destination, session_id=session_id, request_id=request_id, wait_s=wait_s, deadline_s=deadline_s
         )
         in_dram = min(done.blocks, self._dram_blocks)
         self._origins[request_id] = (in_dram, done.blocks - in_dram)

@@ -122,8 +122,11 @@ class HarmfulClient:
     def attached(self) -> bool:
         return self._client.attached
 
-    def lookup(self, hashes: Sequence[bytes]) -> kv.LookupResult:
-        return self._client.lookup(hashes)
+    def plan_load(self, hashes: Sequence[bytes], **more: Any) -> kv.LoadPlan:
+        return self._client.plan_load(hashes, **more)
+
+    def update_queue(self, waiting: Sequence[kv.WaitingRequest], **more: Any) -> None:
+        self._client.update_queue(waiting, **more)
 
     def load(self, hashes: Sequence[bytes], destination: torch.Tensor, **more: Any) -> kv.LoadResult:
         done = self._client.load(hashes, destination, **more)

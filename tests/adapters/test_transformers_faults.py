@@ -41,8 +41,11 @@ class KillsDaemon:
     def attached(self) -> bool:
         return self._client.attached
 
-    def lookup(self, hashes: Sequence[bytes]) -> kv.LookupResult:
-        found = self._client.lookup(hashes)
+    def update_queue(self, waiting: Sequence[kv.WaitingRequest], **more: Any) -> None:
+        self._client.update_queue(waiting, **more)
+
+    def plan_load(self, hashes: Sequence[bytes], **more: Any) -> kv.LoadPlan:
+        found = self._client.plan_load(hashes, **more)
         self._daemon.kill()
         return found
 

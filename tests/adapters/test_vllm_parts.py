@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import kvservice_client as kv
+from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.vllm.counters import Counters
 from kvservice_adapters.vllm.layout import Fence, HostBlocks, layout_of
 from kvservice_adapters.vllm.lookups import Held, Lookups
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
+from kvservice_adapters.vllm.queue import QueueTeller
 from kvservice_adapters.vllm.transfers import Loads, Saves
 from kvservice_adapters.vllm.waiting import TrackedRequest, WaitingRequests, tags_of
 from kvservice_client.memory import ThreadedCopier
@@ -44,7 +46,9 @@ def test_options_have_names_types_and_bounds() -> None:
 # ------------------------------------------------------------------- the queue
 
 
-def request(name: str, *, status: str = "WAITING", priority: int = 0, at_s: float = 0.0, preemptions: int = 0) -> Any:
+def request(
+    name: str, *, status: str = "WAITING", priority: int = 0, at_s: float = 0.0, preemptions: int = 0, tokens: int = 0
+) -> Any:
     return SimpleNamespace(
         request_id=name,
         status=SimpleNamespace(name=status),
@@ -52,6 +56,7 @@ def request(name: str, *, status: str = "WAITING", priority: int = 0, at_s: floa
         priority=priority,
         arrival_time=at_s,
         num_preemptions=preemptions,
+        num_tokens=tokens,
         session_id=None,
         kv_transfer_params=None,
     )
@@ -87,6 +92,43 @@ def test_the_session_is_what_the_client_says() -> None:
     assert tags_of(one)[0] != long
 
 
+class Told:
+    """A client that remembers what it was told of the queue."""
+
+    def __init__(self) -> None:
+        self.queues: list[tuple[list[str], set[str]]] = []
+
+    def update_queue(self, waiting: Sequence[kv.WaitingRequest], *, started: set[str]) -> None:
+        self.queues.append(([request.request_id for request in waiting], started))
+
+
+def test_the_daemon_is_told_of_the_queue_when_it_changes() -> None:
+    told = Told()
+    teller = QueueTeller([told], tokens_per_block=16)  # type: ignore[list-item]  # what it needs of a client
+    tracked = {name: TrackedRequest(request(name, tokens=40), "", {}, chain(name, 2)) for name in "abcd"}
+    a, b, c, d = tracked.values()
+    d.hashes = []  # shorter than a block
+    teller.tell([a, b, c, d], tracked.values())
+    teller.tell([a, b, c, d], tracked.values())
+    a.loading_ids = frozenset({1})  # its load has begun
+    teller.tell([a, c, b], tracked.values())
+    teller.tell([b], [a, b])  # c was aborted
+    b.hashes = chain("b", 3)  # preempted, with more tokens than before
+    teller.tell([b], [a, b])
+    assert told.queues == [(["a", "b", "c"], set()), (["c", "b"], {"a"}), (["b"], set()), (["b"], set())]
+
+
+def test_speed_is_measured_where_there_is_enough_to_measure() -> None:
+    speed = PrefillSpeed()
+    speed.computed(1, 0.01)
+    assert speed.tokens_per_s == 0.0
+    speed.computed(1000, 1.0)
+    assert speed.tokens_per_s == 1000.0
+    for _ in range(50):
+        speed.computed(500, 1.0)
+    assert 500.0 <= speed.tokens_per_s < 510.0
+
+
 # --------------------------------------------------------------------- lookups
 
 
@@ -97,18 +139,20 @@ class Answers:
         self._answers = list(answers)
         self.prefetched = 0
 
-    def lookup(self, hashes: Sequence[bytes], *, deadline_s: float) -> kv.LookupResult:
+    def plan_load(self, hashes: Sequence[bytes], *, prefill_tokens_per_s: float, deadline_s: float) -> kv.LoadPlan:
         blocks, in_dram = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
-        return kv.LookupResult(min(blocks, len(hashes)), in_dram)
+        blocks = min(blocks, len(hashes))
+        return kv.LoadPlan(blocks, blocks, in_dram)
 
     def prefetch(self, hashes: Sequence[bytes], *, session_id: str, request_id: str) -> kv.PrefetchResult:
         self.prefetched += 1
         return kv.PrefetchResult()
 
 
-def asked(*clients: Answers, promotion_wait_s: float = 5.0) -> Held:
-    lookups = Lookups(clients, Counters(), lookup_wait_s=1.0, promotion_wait_s=promotion_wait_s)  # type: ignore[arg-type]
-    lookups.ask("r", "", chain("c", 9))
+def asked(*clients: Answers, promotion_wait_s: float = 5.0, is_due: bool = True) -> Held:
+    waits = {"lookup_wait_s": 1.0, "promotion_wait_s": promotion_wait_s}
+    lookups = Lookups(clients, Counters(), speed=PrefillSpeed(), **waits)  # type: ignore[arg-type]
+    lookups.ask("r", "", chain("c", 9), is_due=is_due)
     eventually(lambda: not lookups.is_pending("r"))
     held = lookups.answer("r")
     lookups.forget("r")
@@ -127,6 +171,12 @@ def test_blocks_on_their_way_from_nvme_are_waited_for() -> None:
     slow = Answers((6, 2), (6, 4), (6, 6))
     held = asked(slow, Answers((6, 6)))
     assert (held.blocks, held.is_ready, slow.prefetched) == (6, True, 1)
+
+
+def test_what_is_not_due_yet_is_neither_fetched_nor_waited_for() -> None:
+    slow = Answers((6, 2), (6, 6))
+    held = asked(slow, is_due=False)
+    assert (held.blocks, held.is_ready, slow.prefetched) == (6, False, 0)
 
 
 def test_blocks_that_do_not_come_in_time_are_left_out() -> None:

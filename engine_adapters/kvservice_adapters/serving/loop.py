@@ -2,6 +2,7 @@
 
     submit -> ArrivalQueue -> prefill (prefix from the service, the rest computed) -> decode batch -> Result
 
+The service is told of the arrival queue, so that what waits is fetched before its turn.
 One thread drives `step`; `submit` and `waiting` may be called from any.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+import kvservice_client
 from kvservice_adapters.serving.counting import ForwardCounter
 from kvservice_adapters.serving.requests import (
     ArrivalQueue,
@@ -149,14 +151,23 @@ class ServingLoop:
                 f"request {request.request_id!r} needs {needed} tokens ({len(request.tokens)} of prompt, "
                 f"{request.max_new_tokens} of output); the window has {self._window_tokens}"
             )
-        self._queue.push(Waiting(request, time.perf_counter()))
+        tracked, told = None, None
+        if self._adapter:
+            tracked = self._adapter.track(request.tokens, session_id=request.session_id, request_id=request.request_id)
+            told = kvservice_client.WaitingRequest(
+                request.request_id, tuple(tracked.chain.hashes), session_id=request.session_id
+            )
+        self._queue.push(Waiting(request, time.perf_counter(), tracked, told))
+        self._tell_queue()
 
     @torch.inference_mode()
     def step(self) -> StepReport:
         """Prefill the next request if a row is free, then decode one token for every running sequence."""
         report = StepReport()
         if len(self._queue) and len(self._running) < self._rows:
-            self._admit(self._queue.pop(), report)
+            waiting = self._queue.pop()
+            self._tell_queue(started=[waiting.request.request_id])
+            self._admit(waiting, report)
             self._retire_finished(report)
         if self._running:
             self._decode()
@@ -198,15 +209,16 @@ class ServingLoop:
 
     def _admit(self, waiting: Waiting, report: StepReport) -> None:
         request, row, started_s = waiting.request, len(self._running), time.perf_counter()
-        tracked, reused = None, 0
-        if self._adapter:
-            tracked = self._adapter.track(request.tokens, session_id=request.session_id, request_id=request.request_id)
+        tracked, reused = waiting.tracked, 0
+        if self._adapter and tracked:
             reused = self._adapter.fetch(tracked, lambda _blocks: self._cache.row(row))
-        before = self._counter.positions
+        before, computing_since_s = self._counter.positions, time.perf_counter()
         logits = self._prefill(request.tokens[reused:], row, reused)
         chooser = TokenChooser(request.sampling)
         token = chooser.choose(logits)
         now_s = time.perf_counter()
+        if self._adapter:
+            self._adapter.prefilled(tokens=len(request.tokens) - reused, seconds=now_s - computing_since_s)
         self._running.append(
             _Running(
                 request=request,
@@ -223,6 +235,11 @@ class ServingLoop:
         )
         report.first_tokens.append(FirstToken(request.request_id, now_s - waiting.arrived_at_s))
         self._store(row)
+
+    def _tell_queue(self, *, started: Sequence[str] = ()) -> None:
+        if self._adapter:
+            told = [waiting.told for waiting in self._queue.snapshot() if waiting.told]
+            self._adapter.update_queue(told, started=started)
 
     def _prefill(self, tokens: tuple[int, ...], row: int, start: int) -> torch.Tensor:
         device = self._model.device

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+import kvservice_client
+from kvservice_adapters.transformers import TrackedSequence
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -82,6 +85,9 @@ class Waiting:
 
     request: Request
     arrived_at_s: float
+    # Its blocks, and how the service is told of it; None: the loop runs without a service.
+    tracked: TrackedSequence | None = None
+    told: kvservice_client.WaitingRequest | None = None
 
 
 class ArrivalQueue:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import kvservice_client
 from kvservice_adapters.hashing import BlockChain
 from kvservice_adapters.service import KVClient
+from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.transformers.cache import PrefixCache
 from kvservice_adapters.transformers.counters import AdapterCounters, AdapterStats
 from kvservice_adapters.transformers.layout import KVRows
@@ -31,6 +32,8 @@ class AdapterOptions:
     save_deadline_s: float = 10.0
     # A load that takes longer is recomputed: it would not have been worth waiting for.
     load_deadline_s: float = 5.0
+    # Compute what is held where that is faster than loading it, by measured speeds. Off: load whatever is held.
+    recompute_if_faster: bool = False
     # How long a load waits for this process's own saves of the same blocks.
     settle_timeout_s: float = 0.5
     attach_timeout_s: float = 5.0
@@ -93,6 +96,7 @@ class TransformersAdapter:
             queue_size_bytes=self.options.save_queue_size_bytes,
             deadline_s=self.options.save_deadline_s,
         )
+        self._speed = PrefillSpeed()
         # Loaded blocks land here first; kept, because fresh memory costs page faults and pinning.
         self._landing = torch.empty(0, dtype=torch.uint8)
         self._landing_lock = threading.Lock()
@@ -193,6 +197,21 @@ class TransformersAdapter:
             reason = "QUEUE_FULL" if self._client.attached else "UNAVAILABLE"
             self._counters.add("skipped_blocks", left, reason="GAVE_UP" if sequence.gave_up_saving else reason)
 
+    def prefilled(self, *, tokens: int, seconds: float) -> None:
+        """The engine computed so many prompt tokens in so long: what loading is weighed against."""
+        self._speed.computed(tokens, seconds)
+
+    def update_queue(
+        self, waiting: Sequence[kvservice_client.WaitingRequest], *, started: Collection[str] = ()
+    ) -> None:
+        """Tell the service which requests wait, the next to start first. Returns at once; see the client."""
+        self._client.update_queue(waiting, started=started)
+
+    @property
+    def attached(self) -> bool:
+        """Whether a daemon answers at the moment."""
+        return self._client.attached
+
     def prepare(self, *, tokens: int) -> None:
         """Make room to load prefixes of up to this many tokens, so that no request pays for fresh memory."""
         blocks = tokens // self.served.layout.tokens_per_block
@@ -237,9 +256,11 @@ class TransformersAdapter:
             # A turn may follow the last one faster than its blocks were saved.
             self._saver.settle(hashes, self.options.settle_timeout_s)
         try:
-            hits = self._client.lookup(hashes)
+            speed = self._speed.tokens_per_s if self.options.recompute_if_faster else 0.0
+            hits = self._client.plan_load(hashes, prefill_tokens_per_s=speed)
+            self._counters.add("missed_blocks", hits.held_blocks - hits.blocks, reason="RECOMPUTED")
             if hits.blocks == 0:
-                self._counters.add("missed_blocks", len(hashes), reason=hits.reason.name)
+                self._counters.add("missed_blocks", len(hashes) - hits.held_blocks, reason=hits.reason.name)
                 return 0
             size_bytes = hits.blocks * self.served.layout.block_size_bytes
             if self._landing.numel() < size_bytes:
@@ -250,6 +271,7 @@ class TransformersAdapter:
                 self._landing[:size_bytes],
                 session_id=sequence.session_id,
                 request_id=sequence.request_id,
+                wait_s=hits.wait_s,
                 deadline_s=self.options.load_deadline_s,
             )
         except kvservice_client.KVServiceError as error:
@@ -259,7 +281,7 @@ class TransformersAdapter:
         if loaded.blocks < hits.blocks:
             self._counters.add("failed_loads", reason=loaded.reason.name)
             self._counters.add("missed_blocks", hits.blocks - loaded.blocks, reason=loaded.reason.name)
-        self._counters.add("missed_blocks", len(hashes) - hits.blocks, reason=hits.reason.name)
+        self._counters.add("missed_blocks", len(hashes) - hits.held_blocks, reason=hits.reason.name)
         self._counters.add("loaded_blocks", loaded.blocks)
         return loaded.blocks
 

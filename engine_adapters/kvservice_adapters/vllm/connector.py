@@ -132,6 +132,7 @@ class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
             preempted=scheduler_output.preempted_req_ids or (), finished=scheduler_output.finished_req_ids
         )
         self._attempt("build_connector_meta", lambda: half.plan_saves(orders, scheduler_output), otherwise=None)
+        self._attempt("build_connector_meta", lambda: half.step_began(scheduler_output), otherwise=None)
         return orders
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -139,6 +140,7 @@ class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
         half = self._scheduler
         if half is not None:
             finished, failed = connector_output.finished_recving or (), connector_output.invalid_block_ids
+            self._attempt("update_connector_output", half.step_ended, otherwise=None)
             self._attempt("update_connector_output", lambda: half.loads_ended(finished, failed), otherwise=None)
 
     def request_finished_all_groups(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import kvservice_client as kv
+from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.vllm.counters import Counters
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Held:
     """The answer to a lookup.
 
     Attributes:
-        blocks: leading blocks that every rank holds, in any tier.
+        blocks: leading blocks to load: those that every rank holds, in any tier, as far as loading is worth it.
         ready_blocks: of these, how many lead in DRAM on every rank.
         asked_blocks: length of the chain that was asked for.
         at_s: when it was given, on the monotonic clock.
@@ -52,6 +53,7 @@ class _Question:
     session_id: str
     hashes: Sequence[bytes]
     ends_at_s: float
+    is_due: bool
     has_prefetched: bool = False
     is_settled: bool = False
     answer: Held | None = None
@@ -60,7 +62,8 @@ class _Question:
 class Lookups:
     """One question per request at a time. `ask`, `answer` and `forget` return at once, on any thread.
 
-    Blocks that are held on NVMe only are prefetched, and asked for again until they are in DRAM or the time is over.
+    When a request is due, blocks that are held on NVMe only are prefetched, and asked for again until they are in DRAM
+    or the time is over.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Lookups:
         *,
         lookup_wait_s: float,
         promotion_wait_s: float,
+        speed: PrefillSpeed,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clients = clients
@@ -77,6 +81,7 @@ class Lookups:
         # Nobody waits longer; but an answer that comes too late for one step still serves a request that queues.
         self._call_timeout_s = max(lookup_wait_s, _CALL_TIMEOUT_S_MIN)
         self._promotion_wait_s = promotion_wait_s
+        self._speed = speed
         self._clock = clock
         self._changed = threading.Condition()
         self._questions: dict[str, _Question] = {}
@@ -86,13 +91,22 @@ class Lookups:
         self._thread = threading.Thread(target=self._run, name="kvservice-lookups", daemon=True)
         self._thread.start()
 
-    def ask(self, request_id: str, session_id: str, hashes: Sequence[bytes]) -> None:
-        """Find out in the background; an answer that is there already stays until the new one comes."""
+    def ask(self, request_id: str, session_id: str, hashes: Sequence[bytes], *, is_due: bool = True) -> None:
+        """Find out in the background; an answer that is there already stays until the new one comes.
+
+        Args:
+            is_due: the request could start now; otherwise nothing is fetched and waited for.
+        """
         now_s = self._clock()
         with self._changed:
             before = self._questions.get(request_id)
             question = _Question(
-                request_id, session_id, hashes, now_s + self._promotion_wait_s, answer=before.answer if before else None
+                request_id,
+                session_id,
+                hashes,
+                now_s + self._promotion_wait_s,
+                is_due,
+                answer=before.answer if before else None,
             )
             self._questions[request_id] = question
             heapq.heappush(self._due, (now_s, next(self._order), question))
@@ -151,7 +165,11 @@ class Lookups:
     def _find_out(self, question: _Question) -> None:
         blocks = ready = len(question.hashes)
         for client in self._clients:
-            found = client.lookup(question.hashes[:blocks], deadline_s=self._call_timeout_s)
+            found = client.plan_load(
+                question.hashes[:blocks],
+                prefill_tokens_per_s=self._speed.tokens_per_s,
+                deadline_s=self._call_timeout_s,
+            )
             if found.reason not in _ANSWERS:
                 self._counters.add("failed_lookups", reason=found.reason.value)
             blocks, ready = min(blocks, found.blocks), min(ready, found.dram_blocks)
@@ -159,6 +177,9 @@ class Lookups:
                 break
         ready = min(ready, blocks)
         now_s = self._clock()
+        if ready < blocks and not question.is_due:
+            question.answer, question.is_settled = Held(blocks, ready, len(question.hashes), now_s), True
+            return
         if ready < blocks and now_s < question.ends_at_s:
             self._promote(question, blocks, now_s)
             question.answer = Held(blocks, ready, len(question.hashes), now_s)

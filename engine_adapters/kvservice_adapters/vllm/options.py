@@ -19,6 +19,8 @@ class AdapterOptions:
         attach_wait_s: how long the engine's start waits for a daemon; without one everything is a miss until it comes.
         lookup_wait_s: how long a request waits for the answer to its lookup before it is computed.
         promotion_wait_s: how long it waits for blocks that are on their way from NVMe to DRAM.
+        recompute_if_faster: compute what is held where that is faster than loading it, by measured speeds. Off: load
+            whatever is held, which leaves the processor to others.
         load_timeout_s: how long a load may take before its blocks are computed instead.
         save_timeout_s: how long one save may take before it is given up.
         saves_waiting_max: saves (one per request and step) that may wait; further ones are dropped.
@@ -32,6 +34,7 @@ class AdapterOptions:
     attach_wait_s: float = 1.0
     lookup_wait_s: float = 0.2
     promotion_wait_s: float = 2.0
+    recompute_if_faster: bool = False
     load_timeout_s: float = 10.0
     save_timeout_s: float = 10.0
     saves_waiting_max: int = 256
@@ -57,10 +60,10 @@ class AdapterOptions:
 def _checked(name: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"kv_connector_extra_config[{name!r}] is {value!r}, not a {kind.__name__}")  # noqa: TRY004
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise ValueError(f"kv_connector_extra_config[{name!r}] is {value!r}, not a {kind.__name__}")
     if isinstance(value, float) and not 0.0 <= value <= 3600.0:
         raise ValueError(f"kv_connector_extra_config[{name!r}] is {value}, not from 0 to 3600 seconds")
-    if isinstance(value, int) and not 1 <= value <= 65_536:
+    if isinstance(value, int) and kind is not bool and not 1 <= value <= 65_536:
         raise ValueError(f"kv_connector_extra_config[{name!r}] is {value}, not from 1 to 65536")
     return value

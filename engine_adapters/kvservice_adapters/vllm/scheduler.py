@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import kvservice_client as kv
+from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.vllm.counters import Counters
 from kvservice_adapters.vllm.hashing import BlockNames
 from kvservice_adapters.vllm.lookups import Lookups
 from kvservice_adapters.vllm.messages import StepOrders
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
+from kvservice_adapters.vllm.queue import QueueTeller
 from kvservice_adapters.vllm.status import StatusLog
 from kvservice_adapters.vllm.waiting import TrackedRequest, WaitingRequests, tags_of
 
@@ -49,6 +51,9 @@ class SchedulerHalf:
         self._saves = saves
         self._clients: list[kv.Client] = []
         self._lookups: Lookups | None = None
+        self._queue: QueueTeller | None = None
+        self._speed = PrefillSpeed()
+        self._step: tuple[int, float] | None = None  # (tokens, when it began) of the step under way
         self._status: StatusLog | None = None
         # Taken whole by the next step's orders; nothing in between may lose one, or the engine waits for ever.
         self._load_orders: list[LoadOrder] = []
@@ -76,13 +81,15 @@ class SchedulerHalf:
             self.counters,
             lookup_wait_s=self._options.lookup_wait_s,
             promotion_wait_s=self._options.promotion_wait_s,
+            speed=self._speed if self._options.recompute_if_faster else PrefillSpeed(),
         )
+        self._queue = QueueTeller(self._clients, tokens_per_block=self._tokens_per_block)
         self._status = StatusLog("scheduler", self._clients[0])
 
     # ---------------------------------------------------------------- arrivals
 
     def on_new_request(self, request: Any) -> None:
-        """A request arrived: look its blocks up, and have them fetched, before its turn comes."""
+        """A request arrived: look its blocks up before its turn comes; the queue has them fetched."""
         if request.resumable:
             return  # its input comes in pieces, and may replace what it has generated: no chain to rely on
         session_id, params = tags_of(request)
@@ -90,7 +97,7 @@ class SchedulerHalf:
         self._names.extend(request, tracked.hashes)
         self.requests.add(tracked)
         if self._loads and tracked.hashes and not request.skip_reading_prefix_cache:
-            self._ask(tracked)  # which also fetches what is on NVMe
+            self._ask(tracked, is_due=False)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """(tokens to load beyond those, whether they come between steps); (None, False): ask again."""
@@ -111,6 +118,8 @@ class SchedulerHalf:
         if held.blocks <= tracked.local_blocks:
             return 0, False
         if not held.is_ready:
+            if not self._lookups.is_pending(request.request_id):
+                self._ask(tracked)  # its turn has come before its blocks: they are fetched, and waited for
             return self._waited(tracked, self._options.promotion_wait_s + self._options.lookup_wait_s)
         if time.monotonic() - held.at_s > _REFRESH_S and not self._lookups.is_pending(request.request_id):
             self._ask(tracked)
@@ -159,6 +168,19 @@ class SchedulerHalf:
         self._load_orders, self._retained = [], []
         return orders
 
+    def step_began(self, scheduler_output: Any) -> None:
+        """The engine has chosen what runs next: tell the daemon who waits."""
+        self._step = scheduler_output.total_num_scheduled_tokens, time.monotonic()
+        if self._queue is not None:
+            self._queue.tell(self.requests.in_order() if self._loads else (), self.requests)
+
+    def step_ended(self) -> None:
+        """What `step_began` was told of has gone through the model."""
+        if self._step is not None:
+            tokens, began_at_s = self._step
+            self._speed.computed(tokens, time.monotonic() - began_at_s)
+            self._step = None
+
     def plan_saves(self, orders: StepOrders, scheduler_output: Any) -> None:
         """Order saves of the blocks that this step fills."""
         if self._status is not None:
@@ -202,10 +224,10 @@ class SchedulerHalf:
 
     # ---------------------------------------------------------------- privately
 
-    def _ask(self, tracked: TrackedRequest) -> None:
+    def _ask(self, tracked: TrackedRequest, *, is_due: bool = True) -> None:
         if self._lookups is not None and self.is_attached:
             tracked.asked_at_s = time.monotonic()
-            self._lookups.ask(tracked.request_id, tracked.session_id, tuple(tracked.hashes))
+            self._lookups.ask(tracked.request_id, tracked.session_id, tuple(tracked.hashes), is_due=is_due)
             self.counters.add("lookups")
 
     def _waited(self, tracked: TrackedRequest, limit_s: float) -> tuple[int | None, bool]:
