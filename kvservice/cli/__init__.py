@@ -1,4 +1,4 @@
-"""cli: the `kvservice` command: serve, demo, stats, top, explain, check, inspect, config.
+"""cli: the `kvservice` command: serve, demo, stats, top, explain, check, inspect, simulate, config.
 
 One file per command, imported only when that command runs, so that help is there at once. Exit statuses: 0 done,
 1 failed, 2 wrong usage or no daemon answers, 130 interrupted.
@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = {
     "explain": "say why a block is a hit or a miss",
     "check": "verify every block in a directory of the NVMe tier, offline",
     "inspect": "print what is in a directory of the NVMe tier, offline",
+    "simulate": "replay a trace against the eviction policies",
     "config": "print the effective configuration as TOML",
 }
 

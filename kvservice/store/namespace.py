@@ -353,7 +353,7 @@ class Namespace:
         index = self.index
         for row in rows[(index.dram_children[rows] == 0) & (index.slot[rows] != NO_SLOT)].tolist():
             self.policy.exposed(row)
-        for row in rows[index.first_child[rows] == NO_ROW].tolist():
+        for row in rows[index.nvme_children[rows] == 0].tolist():
             self.nvme_policy.exposed(row)
 
     def _count_wasted(self, row: int) -> None:

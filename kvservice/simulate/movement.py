@@ -1,0 +1,161 @@
+"""movement: blocks between the tiers in simulated time: what a Get needs, what the planner fetches, write-behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, NO_SLOT, Rows
+from kvservice.lookahead import Fetch, Job, Planner
+from kvservice.simulate.device import Device, SimulatedTransfer
+from kvservice.simulate.outcome import Outcome
+from kvservice.simulate.tiers import Tiers
+from kvservice.transfers import Priority
+
+_GROUP = "simulated"
+_TRANSFER_BYTES_MAX = 16 * 1024 * 1024
+
+
+class Movement:
+    """Starts transfers on the device and files what they bring. A block on its way has a holder: it does not leave."""
+
+    def __init__(self, tiers: Tiers, device: Device, outcome: Outcome, *, on_landed: Callable[[float], None]) -> None:
+        """Args:
+        on_landed: told that blocks arrived in DRAM.
+        """
+        self._tiers = tiers
+        self._namespace = tiers.namespace
+        self._device = device
+        self._outcome = outcome
+        self._on_landed = on_landed
+        self._planner = Planner()
+        self._transfer_of: dict[int, SimulatedTransfer] = {}  # by row on its way into DRAM
+        self._fetches: dict[int, tuple[SimulatedTransfer, Rows]] = {}
+        self._block_bytes = self._namespace.spec.block_size_bytes
+
+    def get(self, rows: Rows, now_s: float) -> Rows:
+        """Read at once what is on NVMe only; the front of `rows` that is in DRAM or on its way there."""
+        index = self._namespace.index
+        for row in rows[index.arriving[rows]].tolist():
+            self._device.hurry(self._transfer_of[row], Priority.GET, now_s)
+        missing = rows[index.slot[rows] == NO_SLOT]
+        room = self._tiers.make_room(len(missing), rows, now_s)
+        if room < len(missing):
+            rows = rows[: int(np.flatnonzero(rows == missing[room])[0])]
+        if room:
+            for piece in self._pieces(missing[:room]):
+                self._read(piece, Priority.GET, now_s, now_s)
+        return rows
+
+    def is_there(self, rows: Rows) -> bool:
+        """Whether all the rows' bytes are in DRAM."""
+        return not self._namespace.index.arriving[rows].any()
+
+    def plan(self, waiting: Sequence[tuple[int, float, Rows]], now_s: float) -> None:
+        """Fetch ahead for the requests of the prefetch window: (number, order, held prefix) of each."""
+        index, pool = self._namespace.index, self._namespace.pool
+        jobs = [
+            Job(
+                number,
+                _GROUP,
+                order,
+                now_s,
+                rows[index.slot[rows] == NO_SLOT],
+                rows[index.arriving[rows]],
+                self._block_bytes,
+            )
+            for number, order, rows in waiting
+        ]
+        needed = np.unique(np.concatenate([rows for _, _, rows in waiting])) if waiting else np.zeros(0, np.int32)
+        resident = int(np.count_nonzero(index.slot[needed] != NO_SLOT))
+        busy = int(np.count_nonzero(pool.holders)) + int(np.count_nonzero(index.dirty))
+        room = max(0, self._tiers.dram_blocks - resident - busy)
+        plan = self._planner.plan(jobs, room={_GROUP: room}, bytes_per_s=self._device.bytes_per_s, now_s=now_s)
+        for number in plan.cancel:
+            transfer, rows = self._fetches[number]
+            if self._device.cancel(transfer):
+                self._give_up(number, rows)
+        for number, order in plan.reorder:
+            if number in self._fetches:
+                transfer, _ = self._fetches[number]
+                if transfer.priority is Priority.PREFETCH:
+                    self._device.hurry(transfer, Priority.PREFETCH, order)
+        for fetch in plan.start:
+            self._fetch(fetch, needed, now_s)
+
+    def write_behind(self, rows: Rows, now_s: float) -> None:
+        """Write stored blocks to NVMe; they do not leave DRAM before."""
+        if not self._tiers.nvme_blocks or not len(rows):
+            return
+        self._namespace.index.dirty[rows] = True
+        for piece in self._pieces(rows):
+            slots = self._namespace.index.slot[piece]
+            self._namespace.pool.hold(slots)
+            self._device.submit(
+                SimulatedTransfer(
+                    Priority.WRITE,
+                    now_s,
+                    len(piece) * self._block_bytes,
+                    partial(self._written, piece, slots),
+                ),
+                now_s,
+            )
+
+    def _fetch(self, fetch: Fetch, needed: Rows, now_s: float) -> None:
+        rows = np.array(fetch.blocks, dtype=np.int32)
+        if self._tiers.make_room(len(rows), needed, now_s) < len(rows):
+            self._planner.ended(fetch.number)
+            return
+        transfer = self._read(rows, Priority.PREFETCH, fetch.order, now_s, fetch=fetch.number)
+        self._fetches[fetch.number] = transfer, rows
+
+    def _read(self, rows: Rows, priority: Priority, order: float, now_s: float, *, fetch: int = 0) -> SimulatedTransfer:
+        namespace = self._namespace
+        slots = namespace.pool.allocate(len(rows))
+        namespace.index.attach_slots(rows, slots)
+        namespace.pool.row_of[slots] = rows
+        size_bytes = len(rows) * self._block_bytes
+        transfer = SimulatedTransfer(priority, order, size_bytes, partial(self._landed, rows, slots, fetch))
+        self._transfer_of.update(dict.fromkeys(rows.tolist(), transfer))
+        self._device.submit(transfer, now_s)
+        return transfer
+
+    def _landed(self, rows: Rows, slots: Rows, fetch: int, now_s: float) -> None:
+        self._outcome.fetched_blocks += len(rows)
+        self._namespace.index.arriving[rows] = False
+        self._arrived(rows, slots)
+        if fetch:
+            del self._fetches[fetch]
+            self._planner.ended(fetch)
+        self._on_landed(now_s)
+
+    def _give_up(self, fetch: int, rows: Rows) -> None:
+        index, pool = self._namespace.index, self._namespace.pool
+        slots = index.slot[rows]
+        pool.row_of[slots] = NO_ROW
+        for row in rows.tolist():
+            index.detach_slot(row)
+        self._arrived(rows, slots)
+        del self._fetches[fetch]
+        self._planner.ended(fetch)
+
+    def _arrived(self, rows: Rows, slots: Rows) -> None:
+        for row in rows.tolist():
+            del self._transfer_of[row]
+        self._namespace.end_hold(slots)
+
+    def _written(self, rows: Rows, slots: Rows, now_s: float) -> None:
+        """The rows are still there: who is held does not leave, nor what is dirty."""
+        namespace = self._namespace
+        granted = self._tiers.take_extents(len(rows), now_s)
+        for row in rows[:granted].tolist():
+            namespace.index.attach_extent(row, row)  # a number of its own is all that an extent needs
+        namespace.index.dirty[rows] = False
+        namespace.end_hold(slots)
+        self._outcome.written_blocks += granted
+
+    def _pieces(self, rows: Rows) -> list[Rows]:
+        at_once = max(1, _TRANSFER_BYTES_MAX // self._block_bytes)
+        return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
