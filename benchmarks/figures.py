@@ -56,6 +56,8 @@ FIGURES: Sequence[Figure] = (
     Figure("lookup_128_ratio", "lookup", Direction.AT_MOST, 1.5),
     Figure("lookup_2048_ratio", "lookup", Direction.AT_MOST, 2.0),
     Figure("lookup_1_growth", "lookup", Direction.AT_MOST, 1.3),
+    Figure("policy_touch_us", "policies", Direction.AT_MOST, 3.0),
+    Figure("policy_evict_us", "policies", Direction.AT_MOST, 3.0),
     *_versus("redis_reference", "vs_redis"),
     *_versus("mooncake_reference", "vs_mooncake"),
     Figure("index_bytes_per_block", "index_memory", Direction.AT_MOST, 400),

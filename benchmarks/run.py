@@ -19,6 +19,7 @@ from benchmarks import (
     lookup,
     mooncake_reference,
     nvme,
+    policies,
     recovery,
     redis_reference,
     shared_memory,
@@ -37,6 +38,7 @@ SUBJECTS: Mapping[str, Callable[[Settings], Iterator[Record]]] = {
     "vllm_reuse": vllm_reuse.measure,
     "nvme": nvme.measure,
     "recovery": recovery.measure,
+    "policies": policies.measure,
 }
 
 

@@ -107,9 +107,11 @@ class Window:
         rows: Rows = waiting.rows[self._lives[waiting.rows] == waiting.lives]
         self._requests[rows] -= 1
         orders = np.full(len(rows), math.inf, dtype=np.float64)
-        shared = int(np.count_nonzero(self._requests[rows]))
-        if shared:
+        is_shared = self._requests[rows] > 0
+        if is_shared.any():
+            shared = len(rows) if is_shared.all() else int(np.argmin(is_shared))
             self._rank(rows[:shared], orders[:shared], [self._waiting[other] for other in beside])
+            self._rank_elsewhere(rows, orders, is_shared & (orders == math.inf))
         changed: Rows = rows[self._orders[rows] != orders]
         self._orders[rows] = orders
         return changed
@@ -149,6 +151,18 @@ class Window:
                 orders[ranked:common] = other.order
                 ranked = common
             if ranked == len(rows):
+                return
+
+    def _rank_elsewhere(self, rows: Rows, orders: Orders, left: NDArray[np.bool_]) -> None:
+        """The same for rows that are part of chains with another beginning, as those of truncated conversations are."""
+        if not left.any():
+            return
+        for other in sorted(self._waiting.values(), key=lambda waiting: waiting.order):
+            alive = other.rows[self._lives[other.rows] == other.lives]
+            found = left & np.isin(rows, alive)
+            orders[found] = other.order
+            left = left & ~found
+            if not left.any():
                 return
 
     def _reach(self, row: int) -> None:

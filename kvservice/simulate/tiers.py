@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from kvservice.aliases import AliasBounds, Aliases
 from kvservice.blocks import (
     NO_EXTENT,
     NO_ROW,
@@ -58,6 +59,7 @@ class Tiers:
             policy=policy,
             nvme_policy=nvme_policy,
             sessions=Sessions(sessions_max=1),
+            aliases=Aliases(AliasBounds(per_session=0, per_instance=0, in_all=0)),
             history=History(blocks_max=_HISTORY_BLOCKS),
             pool=pool,
             on_extents_left=self._extents_left,

@@ -124,6 +124,16 @@ def test_a_request_that_moves_replaces_what_it_said() -> None:
     assert len(window) == 0
 
 
+def test_a_row_that_is_in_the_middle_of_another_chain_is_needed_by_that_one_too() -> None:
+    """A truncated conversation's chain begins with blocks that stand deeper in the chain that it was cut from."""
+    window = Window()
+    window.queue("whole", rows(0, 1, 2, 3), 7.0)
+    window.queue("cut", rows(2, 3, 4), 1.0)
+    assert orders(window, 0, 2, 3, 4) == [7.0, 1.0, 1.0, 1.0]
+    assert sorted(window.unqueue("cut").tolist()) == [2, 3, 4]
+    assert orders(window, 0, 2, 3, 4) == [7.0, 7.0, 7.0, math.inf]
+
+
 def test_a_request_nobody_knows_changes_nothing() -> None:
     assert Window().unqueue("never heard of").tolist() == []
 
