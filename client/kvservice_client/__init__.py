@@ -35,6 +35,7 @@ from kvservice_client.namespace import Namespace, default_socket_dir
 from kvservice_client.outcomes import (
     Committed,
     ForgetResult,
+    KeptBlocks,
     LoadPlan,
     LoadResult,
     LookupResult,
@@ -42,7 +43,9 @@ from kvservice_client.outcomes import (
     Reason,
     Resumption,
     SaveResult,
+    ShiftedBlocks,
     Status,
+    TruncateResult,
 )
 from kvservice_client.waiting import WaitingRequest
 
@@ -60,6 +63,7 @@ __all__ = [
     "InternalError",
     "InvalidRequest",
     "KVServiceError",
+    "KeptBlocks",
     "LayoutMismatch",
     "Lease",
     "LeaseExpired",
@@ -79,7 +83,9 @@ __all__ = [
     "ReservationLost",
     "Resumption",
     "SaveResult",
+    "ShiftedBlocks",
     "Status",
+    "TruncateResult",
     "Unauthenticated",
     "WaitingRequest",
     "admin",

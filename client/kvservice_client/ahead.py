@@ -16,9 +16,11 @@ from kvservice_client.outcomes import (
     Reason,
     Resumption,
     Status,
+    TruncateResult,
     reason_of,
 )
 from kvservice_client.queue_feed import QueueFeed
+from kvservice_client.truncation import kept_blocks, truncate_request
 from kvservice_client.waiting import WaitingRequest
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
@@ -64,7 +66,7 @@ class AheadOfNeed:
             raise
         except KVServiceError as error:
             return LookupResult(reason=self.reason_of(error))
-        in_dram = next((run.blocks for run in response.runs if run.held == pb.TIER_DRAM), 0)
+        in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
         miss: int = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
         return LookupResult(response.hit_blocks, in_dram, MISS_REASONS.get(miss, Reason.NOT_HELD))
 
@@ -105,6 +107,50 @@ class AheadOfNeed:
             response.recompute_s,
             MISS_REASONS.get(response.miss, Reason.NOT_HELD),
         )
+
+    def truncate(
+        self,
+        session_id: str,
+        hashes: Sequence[bytes],
+        *,
+        source: Sequence[bytes] = (),
+        keep: Sequence[tuple[int, int]] = (),
+        drop_ratio: float = 0.5,
+        sink_blocks: int = 0,
+        deadline_s: float = LOOKUP_TIMEOUT_S,
+    ) -> TruncateResult:
+        """Keep a part of a session's chain under new hashes, at new positions; nothing is copied.
+
+        Args:
+            hashes: one new hash per kept block, which depends on the session and on what was dropped; none: only
+                answer what would stay.
+            source: the chain as it was; none: the one that the session used last.
+            keep: token ranges [start, end) that stay, each shrunk to the whole blocks inside it; none: `drop_ratio`.
+            drop_ratio: the part of the blocks that goes, rounded up: the oldest behind the first `sink_blocks`.
+
+        Raises:
+            InvalidRequest: no session, bad ranges, or hashes that do not match them or are not salted.
+        """
+        try:
+            link = self._attachment.link()
+            request = truncate_request(
+                session_id,
+                source=self.pack(source),
+                keep=keep,
+                drop_ratio=drop_ratio,
+                sink_blocks=sink_blocks,
+                hashes=self.pack(hashes),
+            )
+            if not link.welcome.limits.aliases_per_session_max:  # a daemon from before there were truncations
+                return TruncateResult(reason=Reason.NOT_HELD)
+            request.namespace_id = self._namespace_id(link)
+            response = link.call(link.stub.Truncate, request, deadline_s)
+        except InvalidRequest:
+            raise
+        except KVServiceError as error:
+            return TruncateResult(reason=self.reason_of(error))
+        reason = MISS_REASONS.get(response.miss, Reason.NOT_HELD)
+        return TruncateResult(response.chain_blocks, kept_blocks(response), response.held_blocks, reason)
 
     def prefetch(self, hashes: Sequence[bytes], *, session_id: str = "", request_id: str = "") -> PrefetchResult:
         """Bring blocks closer without waiting for them.

@@ -27,6 +27,7 @@ from kvservice_client.outcomes import (
     SaveResult,
     Status,
 )
+from kvservice_client.truncation import shifted_blocks
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _CALL_TIMEOUT_S = 10.0
@@ -122,6 +123,7 @@ class Client(AheadOfNeed):
         request_id: str = "",
         wait_s: float = 0.0,
         deadline_s: float = _CALL_TIMEOUT_S,
+        accepts_shifts: bool = False,
     ) -> LoadResult:
         """Copy the longest held prefix into the caller's memory. Blocks.
 
@@ -130,6 +132,7 @@ class Client(AheadOfNeed):
             destination: one writable C-contiguous buffer of n blocks, or n buffers of one block
                 each: anything with the buffer protocol, a torch CPU tensor, or Memory.
             wait_s: how long to wait for blocks from NVMe, as a plan says; what comes later is a miss. 0.0: deadline_s.
+            accepts_shifts: the caller rotates the keys of blocks that moved; without it they are misses.
 
         Returns:
             How many leading blocks are in the destination and verified to be theirs.
@@ -143,7 +146,12 @@ class Client(AheadOfNeed):
         with Buffers(destination, blocks=len(hashes), block_size_bytes=size, writable=True) as buffers:
             try:
                 with self.get(
-                    hashes, session_id=session_id, request_id=request_id, wait_s=wait_s, deadline_s=deadline_s
+                    hashes,
+                    session_id=session_id,
+                    request_id=request_id,
+                    wait_s=wait_s,
+                    deadline_s=deadline_s,
+                    accepts_shifts=accepts_shifts,
                 ) as lease:
                     started_s = time.perf_counter()
                     self._copier.copy(
@@ -154,9 +162,9 @@ class Client(AheadOfNeed):
                     )
                     self._copied(len(lease.blocks) * size, time.perf_counter() - started_s)
                     valid = lease.valid_prefix()
-                    if valid < len(lease.blocks):
-                        return LoadResult(valid, Reason.CHANGED)
-                    return LoadResult(valid, MISS_REASONS.get(lease.miss, Reason.NOT_HELD))
+                    is_whole = valid == len(lease.blocks)
+                    reason = MISS_REASONS.get(lease.miss, Reason.NOT_HELD) if is_whole else Reason.CHANGED
+                    return LoadResult(valid, reason, shifted_blocks(lease.shifts, valid))
             except InvalidRequest:
                 raise
             except KVServiceError as error:
@@ -209,7 +217,7 @@ class Client(AheadOfNeed):
                 except KVServiceError as error:
                     return result.with_rest_refused(len(hashes), self.reason_of(error))
                 if reservation.refused:
-                    return result.with_rest_refused(len(hashes), Reason.PARENT_MISSING)
+                    return result.with_rest_refused(len(hashes), reservation.refused_reason)
                 start += len(piece)
         return result
 
@@ -240,6 +248,7 @@ class Client(AheadOfNeed):
         max_blocks: int = 0,
         wait_s: float = 0.0,
         deadline_s: float = _CALL_TIMEOUT_S,
+        accepts_shifts: bool = False,
     ) -> Lease:
         """Lease the longest held prefix, to read it in place.
 
@@ -247,6 +256,7 @@ class Client(AheadOfNeed):
             lease_s: how long; 0.0: the daemon's default.
             max_blocks: at most so many; 0: all.
             wait_s: how long to wait for blocks from NVMe; 0.0: deadline_s.
+            accepts_shifts: see `load`; the lease has the shift of each block.
 
         Raises:
             KVServiceError: see the module `errors`.
@@ -260,6 +270,7 @@ class Client(AheadOfNeed):
             lease_ms=int(lease_s * 1000),
             max_blocks=max_blocks,
             wait_ms=math.ceil(wait_s * 1000),
+            accepts_shifts=accepts_shifts,
         )
         return Lease(link, link.get(request, deadline_s), block_size_bytes=self.namespace.block_size_bytes)
 

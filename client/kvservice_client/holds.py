@@ -11,7 +11,7 @@ from types import TracebackType
 from kvservice_client.errors import InvalidRequest
 from kvservice_client.link import Link
 from kvservice_client.memory import Segment
-from kvservice_client.outcomes import Committed
+from kvservice_client.outcomes import Committed, Reason
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _CALL_TIMEOUT_S = 10.0
@@ -69,12 +69,14 @@ class Lease(_Hold):
 
     Attributes:
         blocks: one view per leading held block.
+        shifts: by how many tokens each block's keys must be rotated.
         miss: why the next block was not handed out; UNSPECIFIED when all were.
     """
 
     def __init__(self, link: Link, responses: Iterable[pb.GetResponse], *, block_size_bytes: int) -> None:
         super().__init__(link, lease_s=0.0)
         self.blocks: list[BlockView] = []
+        self.shifts: list[int] = []
         self.miss: int = pb.MISS_REASON_UNSPECIFIED
         self._lease_id = 0
         try:
@@ -84,6 +86,7 @@ class Lease(_Hold):
                 for run in response.runs:
                     if run.WhichOneof("outcome") == "handles" and not self.miss:
                         self.blocks.extend(self._views(run.handles, block_size_bytes))
+                        self.shifts.extend([run.shift_tokens] * (len(self.blocks) - len(self.shifts)))
                     else:
                         self.miss = self.miss or run.miss
         except BaseException:
@@ -134,6 +137,7 @@ class Reservation(_Hold):
     Attributes:
         reserved: (position in the call's hashes, view) of each block to write.
         held, being_written, refused: how many blocks need no writing, and how many may not be.
+        refused_reason: why those may not be written.
     """
 
     def __init__(self, link: Link, response: pb.PutResponse, *, block_size_bytes: int) -> None:
@@ -141,6 +145,7 @@ class Reservation(_Hold):
         self._reservation_id = response.reservation_id
         self.reserved: list[tuple[int, BlockView]] = []
         self.held = self.being_written = self.refused = 0
+        self.refused_reason = Reason.OK
         position = 0
         try:
             for run in response.runs:
@@ -154,6 +159,8 @@ class Reservation(_Hold):
                     self.being_written += run.blocks
                 else:
                     self.refused += run.blocks
+                    is_foreign = run.refused.reason == pb.REFUSED_REASON_OTHER_SESSION
+                    self.refused_reason = Reason.OTHER_SESSION if is_foreign else Reason.PARENT_MISSING
                 position += run.blocks
         except BaseException:
             self.abort()

@@ -120,10 +120,47 @@ class Resumption:
 
 
 @dataclass(frozen=True, slots=True)
+class ShiftedBlocks:
+    """Blocks of a truncated conversation whose tokens stand elsewhere than when their keys were computed.
+
+    Attributes:
+        first_block: the first of them, in the call's hashes.
+        shift_tokens: where the tokens stand now, less where they stood then: rotate the keys by as much.
+    """
+
+    first_block: int
+    blocks: int
+    shift_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadResult:
-    """Load: how many leading blocks were copied and verified; the rest of the destination is undefined."""
+    """Load: how many leading blocks were copied and verified; the rest of the destination is undefined.
+
+    The keys of `shifted` blocks must be rotated before use; there are none unless `accepts_shifts` was given.
+    """
 
     blocks: int = 0
+    reason: Reason = Reason.OK
+    shifted: tuple[ShiftedBlocks, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBlocks:
+    """Blocks that stay: from `first_block` of the former chain on, from `new_first_block` of the new one on."""
+
+    first_block: int
+    blocks: int
+    new_first_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class TruncateResult:
+    """Truncate: what stays of the former chain, and how many leading blocks of that a load would find now."""
+
+    chain_blocks: int = 0
+    kept: tuple[KeptBlocks, ...] = ()
+    held_blocks: int = 0
     reason: Reason = Reason.OK
 
 

@@ -37,8 +37,20 @@ class KVClient(Protocol):
         request_id: str = "",
         wait_s: float = 0.0,
         deadline_s: float = 10.0,
+        accepts_shifts: bool = False,
     ) -> kvservice_client.LoadResult:
         """Copy the leading held blocks into the caller's buffer; blocks until they are there."""
+        ...
+
+    def truncate(
+        self,
+        session_id: str,
+        hashes: Sequence[bytes],
+        *,
+        source: Sequence[bytes] = (),
+        keep: Sequence[tuple[int, int]] = (),
+    ) -> kvservice_client.TruncateResult:
+        """Keep token ranges of a session's chain under new hashes, at new positions."""
         ...
 
     def save(

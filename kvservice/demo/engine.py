@@ -83,10 +83,17 @@ class FaultyClient:
         request_id: str = "",
         wait_s: float = 0.0,
         deadline_s: float = 10.0,
+        accepts_shifts: bool = False,
     ) -> kvservice_client.LoadResult:
         """As the service does; in the control, the sign of every number is flipped afterwards."""
         done = self._client.load(
-            hashes, destination, session_id=session_id, request_id=request_id, wait_s=wait_s, deadline_s=deadline_s
+            hashes,
+            destination,
+            session_id=session_id,
+            request_id=request_id,
+            wait_s=wait_s,
+            deadline_s=deadline_s,
+            accepts_shifts=accepts_shifts,
         )
         in_dram = min(done.blocks, self._dram_blocks)
         self._origins[request_id] = (in_dram, done.blocks - in_dram)
@@ -94,6 +101,17 @@ class FaultyClient:
             layout = self._served.layout
             layout.as_blocks(destination[: done.blocks * layout.block_size_bytes]).neg_()
         return done
+
+    def truncate(
+        self,
+        session_id: str,
+        hashes: Sequence[bytes],
+        *,
+        source: Sequence[bytes] = (),
+        keep: Sequence[tuple[int, int]] = (),
+    ) -> kvservice_client.TruncateResult:
+        """As the service does."""
+        return self._client.truncate(session_id, hashes, source=source, keep=keep)
 
     def save(
         self,

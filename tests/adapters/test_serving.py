@@ -133,6 +133,9 @@ class HarmfulClient:
         destination.zero_()
         return done
 
+    def truncate(self, session_id: str, hashes: Sequence[bytes], **more: Any) -> kv.TruncateResult:
+        return self._client.truncate(session_id, hashes, **more)
+
     def save(self, hashes: Sequence[bytes], source: object, **more: Any) -> kv.SaveResult:
         return self._client.save(hashes, source, **more)
 

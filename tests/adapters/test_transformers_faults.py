@@ -52,6 +52,9 @@ class KillsDaemon:
     def load(self, hashes: Sequence[bytes], destination: object, **more: Any) -> kv.LoadResult:
         return self._client.load(hashes, destination, **more)
 
+    def truncate(self, session_id: str, hashes: Sequence[bytes], **more: Any) -> kv.TruncateResult:
+        return self._client.truncate(session_id, hashes, **more)
+
     def save(self, hashes: Sequence[bytes], source: object, **more: Any) -> kv.SaveResult:
         return self._client.save(hashes, source, **more)
 

@@ -33,6 +33,7 @@ from kvservice_adapters.transformers import (
     UnsupportedModel,
     layout_of,
 )
+from kvservice_adapters.truncation import FittedPrompt, PromptTooLong, TruncationPolicy
 
 _ATTENTIONS = ("sdpa", "eager")
 _WARM_UP_TOKENS = 256
@@ -61,6 +62,7 @@ class _Running:
     chooser: TokenChooser
     tracked: TrackedSequence | None  # None: this loop runs without a service
     length: int
+    dropped_tokens: int
     reused_tokens: int
     computed_tokens: int
     ttft_s: float
@@ -88,6 +90,7 @@ class ServingLoop:
         rows: int = 4,
         window_tokens: int = 4096,
         waiting_max: int = 1024,
+        truncation: TruncationPolicy | None = None,
     ) -> None:
         """Allocate the batch's cache.
 
@@ -97,8 +100,11 @@ class ServingLoop:
             rows: How many sequences are decoded together.
             window_tokens: The longest sequence, prompt and output.
             waiting_max: How many requests may wait.
+            truncation: How conversations that outgrow its window are cut, if their request names a session; None:
+                like the adapter, and without one they are refused.
 
         Raises:
+            ValueError: The truncation's window is larger than the loop's, or it is not the adapter's.
             UnsupportedModel: The model's cache or its attention does not work in rows.
         """
         attention = str(model.config._attn_implementation)  # noqa: SLF001 - transformers has no other name for it
@@ -112,6 +118,13 @@ class ServingLoop:
         self._dtype = layout.dtype
         self._rows = rows
         self._window_tokens = window_tokens
+        self._truncation = truncation or (adapter.truncation if adapter else None)
+        if self._truncation and self._truncation.window_tokens > window_tokens:
+            raise ValueError(
+                f"conversations are cut at {self._truncation.window_tokens} tokens, rows have {window_tokens}"
+            )
+        if adapter and self._truncation != adapter.truncation:
+            raise ValueError("the loop and its adapter cut conversations in different ways: give it to the adapter")
         self._vocabulary = int(model.config.vocab_size)
         self._queue = ArrivalQueue(length_max=waiting_max)
         self._running: list[_Running] = []
@@ -136,7 +149,7 @@ class ServingLoop:
         """Queue a request.
 
         Raises:
-            WindowExceeded: Prompt and output do not fit into the window.
+            WindowExceeded: Prompt and output do not fit into the window, and there is no history to be dropped.
             QueueFull: Too many requests wait.
             ValueError: The prompt is empty or holds no token ids of this model, or no token is asked for.
         """
@@ -145,7 +158,8 @@ class ServingLoop:
         # Here, where the one who asked hears of it: inside a step it would end all others as well.
         if not 0 <= min(request.tokens) <= max(request.tokens) < self._vocabulary:
             raise ValueError(f"request {request.request_id!r} holds ids outside 0 to {self._vocabulary - 1}")
-        needed = len(request.tokens) + request.max_new_tokens
+        prompt = self._fitted(request)
+        needed = len(request.tokens if prompt is None else prompt.tokens) + request.max_new_tokens
         if needed > self._window_tokens:
             raise WindowExceeded(
                 f"request {request.request_id!r} needs {needed} tokens ({len(request.tokens)} of prompt, "
@@ -153,11 +167,13 @@ class ServingLoop:
             )
         tracked, told = None, None
         if self._adapter:
-            tracked = self._adapter.track(request.tokens, session_id=request.session_id, request_id=request.request_id)
+            tracked = self._adapter.track(
+                prompt or request.tokens, session_id=request.session_id, request_id=request.request_id
+            )
             told = kvservice_client.WaitingRequest(
                 request.request_id, tuple(tracked.chain.hashes), session_id=request.session_id
             )
-        self._queue.push(Waiting(request, time.perf_counter(), tracked, told))
+        self._queue.push(Waiting(request, time.perf_counter(), tracked, told, prompt))
         self._tell_queue()
 
     @torch.inference_mode()
@@ -207,24 +223,35 @@ class ServingLoop:
         """Take the hook off the model; the adapter stays the caller's."""
         self._counter.detach()
 
+    def _fitted(self, request: Request) -> FittedPrompt | None:
+        if self._truncation is None or not request.session_id:
+            return None
+        try:
+            return self._truncation.fit(
+                request.tokens, session_id=request.session_id, max_new_tokens=request.max_new_tokens
+            )
+        except PromptTooLong as error:
+            raise WindowExceeded(f"request {request.request_id!r}: {error}") from None
+
     def _admit(self, waiting: Waiting, report: StepReport) -> None:
         request, row, started_s = waiting.request, len(self._running), time.perf_counter()
         tracked, reused = waiting.tracked, 0
         if self._adapter and tracked:
             reused = self._adapter.fetch(tracked, lambda _blocks: self._cache.row(row))
         before, computing_since_s = self._counter.positions, time.perf_counter()
-        logits = self._prefill(request.tokens[reused:], row, reused)
+        logits = self._prefill(waiting.tokens[reused:], row, reused)
         chooser = TokenChooser(request.sampling)
         token = chooser.choose(logits)
         now_s = time.perf_counter()
         if self._adapter:
-            self._adapter.prefilled(tokens=len(request.tokens) - reused, seconds=now_s - computing_since_s)
+            self._adapter.prefilled(tokens=len(waiting.tokens) - reused, seconds=now_s - computing_since_s)
         self._running.append(
             _Running(
                 request=request,
                 chooser=chooser,
                 tracked=tracked,
-                length=len(request.tokens),
+                length=len(waiting.tokens),
+                dropped_tokens=len(request.tokens) - len(waiting.tokens),
                 reused_tokens=reused,
                 computed_tokens=self._counter.positions - before,
                 ttft_s=now_s - waiting.arrived_at_s,
@@ -316,7 +343,8 @@ def _result_of(running: _Running) -> Result:
         session_id=request.session_id,
         tokens=tuple(running.generated),
         finish_reason=FinishReason.STOPPED if running.stopped else FinishReason.LENGTH,
-        prompt_tokens=len(request.tokens),
+        prompt_tokens=len(request.tokens) - running.dropped_tokens,
+        dropped_tokens=running.dropped_tokens,
         history_tokens=request.history_tokens,
         reused_tokens=running.reused_tokens,
         computed_tokens=running.computed_tokens,

@@ -10,6 +10,7 @@ import torch
 
 import kvservice_client
 from kvservice_adapters.transformers import TrackedSequence
+from kvservice_adapters.truncation import FittedPrompt
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Result:
     tokens: tuple[int, ...]  # generated ones, a stop token included
     finish_reason: FinishReason
     prompt_tokens: int
+    # Tokens of the conversation that were left out of the prompt, so that it fits into the window.
+    dropped_tokens: int
     history_tokens: int
     # Loaded from the service instead of computed.
     reused_tokens: int
@@ -88,6 +91,13 @@ class Waiting:
     # Its blocks, and how the service is told of it; None: the loop runs without a service.
     tracked: TrackedSequence | None = None
     told: kvservice_client.WaitingRequest | None = None
+    # What is run of a conversation that may outgrow the window; None: the request as it is.
+    prompt: FittedPrompt | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What is run."""
+        return self.request.tokens if self.prompt is None else self.prompt.tokens
 
 
 class ArrivalQueue:

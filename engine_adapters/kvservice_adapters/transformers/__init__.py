@@ -9,6 +9,7 @@ from kvservice_adapters.transformers.adapter import AdapterOptions, Transformers
 from kvservice_adapters.transformers.cache import PrefixCache
 from kvservice_adapters.transformers.counters import AdapterStats
 from kvservice_adapters.transformers.layout import BlockLayout, KVRows
+from kvservice_adapters.transformers.positions import positions_of
 from kvservice_adapters.transformers.saving import DrainOutcome
 from kvservice_adapters.transformers.sequence import TrackedSequence
 from kvservice_adapters.transformers.support import ServedModel, UnsupportedModel, layout_of, serve_model
@@ -25,6 +26,7 @@ __all__ = [
     "TransformersAdapter",
     "UnsupportedModel",
     "layout_of",
+    "positions_of",
     "serve_model",
     "token_list",
 ]

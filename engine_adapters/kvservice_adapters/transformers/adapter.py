@@ -16,9 +16,11 @@ from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.transformers.cache import PrefixCache
 from kvservice_adapters.transformers.counters import AdapterCounters, AdapterStats
 from kvservice_adapters.transformers.layout import KVRows
+from kvservice_adapters.transformers.positions import move_keys, positions_of
 from kvservice_adapters.transformers.saving import BackgroundSaver, DrainOutcome
 from kvservice_adapters.transformers.sequence import TrackedSequence
 from kvservice_adapters.transformers.support import ServedModel, serve_model
+from kvservice_adapters.truncation import FittedPrompt, TruncationPolicy
 
 SocketDir: TypeAlias = str | os.PathLike[str] | None
 
@@ -65,6 +67,7 @@ class TransformersAdapter:
         salt: str = "",
         instance_name: str = "transformers",
         options: AdapterOptions | None = None,
+        truncation: TruncationPolicy | None = None,
     ) -> None:
         """Check the model, attach, start the saving thread.
 
@@ -75,9 +78,11 @@ class TransformersAdapter:
             weights_identity, tokens_per_block, salt: See `serve_model`.
             instance_name: For people: what the daemon shows for this engine.
             options: Sizes and deadlines.
+            truncation: How conversations that outgrow the window are cut; see `fit`. None: they are not.
 
         Raises:
             UnsupportedModel: This model's cache cannot be stored by token prefix.
+            UnsupportedPositions: A truncation is given, and this model's saved keys cannot move.
             ValueError: The weights have no identity.
             KVServiceError: The daemon refuses this engine (credentials, another geometry under the same
                 fingerprint). A daemon that is absent is no error.
@@ -86,6 +91,13 @@ class TransformersAdapter:
         self.served: ServedModel = serve_model(
             model, tokens_per_block=tokens_per_block, weights_identity=weights_identity, salt=salt
         )
+        if truncation is not None and truncation.tokens_per_block % tokens_per_block:
+            raise ValueError(
+                f"the truncation cuts between blocks of {truncation.tokens_per_block} tokens, which are no multiple of "
+                f"the adapter's {tokens_per_block}"
+            )
+        self.truncation = truncation
+        self._rope = None if truncation is None else positions_of(model)
         self._model = model
         self._client, self._owns_client = self._client_for(service, instance_name)
         self._counters = AdapterCounters()
@@ -108,20 +120,35 @@ class TransformersAdapter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def fit(self, input_ids: torch.Tensor | Sequence[int], *, session_id: str, max_new_tokens: int) -> FittedPrompt:
+        """What of a conversation is to be run so that it stays inside the window.
+
+        Args:
+            input_ids: The whole conversation, whatever was dropped before, [tokens] or [1, tokens].
+
+        Raises:
+            PromptTooLong: What is new does not fit, whatever is dropped.
+            ValueError: This adapter has no truncation; or the conversation must be cut and names no session.
+        """
+        if self.truncation is None:
+            raise ValueError("this adapter was made without a truncation: say how conversations are to be cut")
+        return self.truncation.fit(token_list(input_ids), session_id=session_id, max_new_tokens=max_new_tokens)
+
     def load(
-        self, input_ids: torch.Tensor | Sequence[int], *, session_id: str = "", request_id: str = ""
+        self, input_ids: torch.Tensor | Sequence[int] | FittedPrompt, *, session_id: str = "", request_id: str = ""
     ) -> PrefixCache:
         """Make a cache that holds the longest prefix the service has; at least one token stays to compute.
 
         Args:
-            input_ids: The prompt, [tokens] or [1, tokens].
+            input_ids: The prompt, [tokens] or [1, tokens]; or what `fit` made, which knows its session.
             session_id: The conversation, so that it can be told apart and forgotten.
             request_id: This request.
 
         Raises:
             ValueError: More than one sequence, or none.
         """
-        sequence = self.track(token_list(input_ids), session_id=session_id, request_id=request_id)
+        prompt = input_ids if isinstance(input_ids, FittedPrompt) else token_list(input_ids)
+        sequence = self.track(prompt, session_id=session_id, request_id=request_id)
         cache = PrefixCache(self._model.config, sequence)
         self.fetch(sequence, lambda blocks: cache.preload(self.served.layout, blocks, self.served.device))
         return cache
@@ -144,15 +171,20 @@ class TransformersAdapter:
         self.store(cache.sequence, cache.rows(), length_tokens=min(cache.get_seq_length(), len(tokens)))
         self.finish(cache.sequence, length_tokens=min(cache.get_seq_length(), len(tokens)))
 
-    def track(self, tokens: Sequence[int], *, session_id: str = "", request_id: str = "") -> TrackedSequence:
+    def track(
+        self, tokens: Sequence[int] | FittedPrompt, *, session_id: str = "", request_id: str = ""
+    ) -> TrackedSequence:
         """Hash a prompt's blocks and follow the sequence from here on.
 
         Raises:
             ValueError: No token, or one that is no token id.
         """
+        namespace = self.served.namespace
+        if isinstance(tokens, FittedPrompt):
+            chain = tokens.chain(namespace.fingerprint, namespace.tokens_per_block)
+            return TrackedSequence(chain, session_id=tokens.session_id, request_id=request_id, prompt=tokens)
         if len(tokens) == 0:
             raise ValueError("the prompt has no token")
-        namespace = self.served.namespace
         chain = BlockChain(namespace.fingerprint, namespace.tokens_per_block, tokens)
         return TrackedSequence(chain, session_id=session_id, request_id=request_id)
 
@@ -170,11 +202,15 @@ class TransformersAdapter:
         usable = (len(sequence.chain.tokens) - 1) // self.served.layout.tokens_per_block
         hashes = sequence.chain.hashes[:usable]
         with self._landing_lock:
-            blocks = self._load_into_landing(sequence, hashes) if hashes else 0
+            loaded = self._load_into_landing(sequence, hashes) if hashes else kvservice_client.LoadResult()
+            blocks = loaded.blocks
             rows = rows_for(blocks)
             if blocks:
                 landed = self._landing[: blocks * self.served.layout.block_size_bytes].to(self.served.device)
-                self.served.layout.scatter(self.served.layout.as_blocks(landed), 0, rows)
+                arrived = self.served.layout.as_blocks(landed)
+                if self._rope is not None:
+                    move_keys(arrived, self._rope, loaded.shifted)
+                self.served.layout.scatter(arrived, 0, rows)
         sequence.save_started(0, blocks)
         return blocks * self.served.layout.tokens_per_block
 
@@ -249,19 +285,18 @@ class TransformersAdapter:
     def _full_blocks(self, sequence: TrackedSequence, length_tokens: int) -> int:
         return min(length_tokens // self.served.layout.tokens_per_block, len(sequence.chain.hashes))
 
-    def _load_into_landing(self, sequence: TrackedSequence, hashes: Sequence[bytes]) -> int:
-        # Returns the blocks that are in self._landing, verified by the client.
+    def _load_into_landing(self, sequence: TrackedSequence, hashes: Sequence[bytes]) -> kvservice_client.LoadResult:
+        # The blocks that are in self._landing, verified by the client.
         self._counters.add("lookups")
         if self._client.attached:
             # A turn may follow the last one faster than its blocks were saved.
             self._saver.settle(hashes, self.options.settle_timeout_s)
         try:
-            speed = self._speed.tokens_per_s if self.options.recompute_if_faster else 0.0
-            hits = self._client.plan_load(hashes, prefill_tokens_per_s=speed)
+            hits = self._find(sequence, hashes)
             self._counters.add("missed_blocks", hits.held_blocks - hits.blocks, reason="RECOMPUTED")
             if hits.blocks == 0:
                 self._counters.add("missed_blocks", len(hashes) - hits.held_blocks, reason=hits.reason.name)
-                return 0
+                return kvservice_client.LoadResult(reason=hits.reason)
             size_bytes = hits.blocks * self.served.layout.block_size_bytes
             if self._landing.numel() < size_bytes:
                 # More than needed: a conversation grows a little with every turn.
@@ -273,17 +308,35 @@ class TransformersAdapter:
                 request_id=sequence.request_id,
                 wait_s=hits.wait_s,
                 deadline_s=self.options.load_deadline_s,
+                accepts_shifts=self._rope is not None,
             )
         except kvservice_client.KVServiceError as error:
             self._counters.add("failed_loads", reason=type(error).__name__)
             self._counters.add("missed_blocks", len(hashes), reason=type(error).__name__)
-            return 0
+            return kvservice_client.LoadResult()
         if loaded.blocks < hits.blocks:
             self._counters.add("failed_loads", reason=loaded.reason.name)
             self._counters.add("missed_blocks", hits.blocks - loaded.blocks, reason=loaded.reason.name)
         self._counters.add("missed_blocks", len(hashes) - hits.held_blocks, reason=hits.reason.name)
         self._counters.add("loaded_blocks", loaded.blocks)
-        return loaded.blocks
+        self._counters.add("shifted_blocks", sum(run.blocks for run in loaded.shifted))
+        return loaded
+
+    def _find(self, sequence: TrackedSequence, hashes: Sequence[bytes]) -> kvservice_client.LoadPlan:
+        # What of a truncated conversation is not held under its present names may be under former ones.
+        speed = self._speed.tokens_per_s if self.options.recompute_if_faster else 0.0
+        hits = self._client.plan_load(hashes, prefill_tokens_per_s=speed)
+        prompt, namespace = sequence.prompt, self.served.namespace
+        if prompt is None:
+            return hits
+        for view in prompt.former_views(namespace.fingerprint, namespace.tokens_per_block, len(hashes)):
+            if hits.held_blocks >= view.blocks:
+                break
+            self._saver.settle(view.hashes, self.options.settle_timeout_s)
+            named = self._client.truncate(prompt.session_id, hashes[: view.blocks], source=view.hashes, keep=view.kept)
+            if named.held_blocks > hits.held_blocks:
+                hits = self._client.plan_load(hashes, prefill_tokens_per_s=speed)
+        return hits
 
     def _grow_landing(self, size_bytes: int) -> None:
         if self._landing.numel() < size_bytes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvservice_adapters.positions import Rope, RopeForm, UnsupportedPositions, moved, rope_of_config
 from kvservice_adapters.positions.rope import NO_ROTATION
+from kvservice_client import ShiftedBlocks
 
 _PROBED_TOKENS = 201
 _TOLERANCE = {torch.float32: 2e-4, torch.float16: 8e-3, torch.bfloat16: 5e-2}  # of the largest key; a few roundings
@@ -35,6 +38,20 @@ def positions_of(model: PreTrainedModel) -> Rope:
     raise UnsupportedPositions(
         f"{type(model).__name__}: its keys at two positions do not differ by the rotation that its configuration says"
     )
+
+
+def move_keys(blocks: torch.Tensor, rope: Rope, shifted: Sequence[ShiftedBlocks]) -> None:
+    """Rotate, in place, the keys of blocks whose tokens moved to where they stand now.
+
+    Args:
+        blocks: [blocks, layers, 2, kv_heads, tokens_per_block, head_dim], the leading ones of a sequence.
+    """
+    tokens = blocks.shape[-2]
+    for run in shifted:
+        keys = blocks[run.first_block : run.first_block + run.blocks, :, 0]
+        places = torch.arange(run.first_block * tokens, (run.first_block + run.blocks) * tokens, device=blocks.device)
+        now_at = places.view(run.blocks, 1, 1, tokens)
+        keys.copy_(moved(keys, rope, computed_at=now_at - run.shift_tokens, now_at=now_at))
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterable
 
 from kvservice_adapters.hashing import BlockChain
+from kvservice_adapters.truncation import FittedPrompt
 
 # A sequence that the service refuses this often in a row is not offered again: its engine
 # would copy the same blocks out of the cache over and over.
@@ -16,8 +17,12 @@ class TrackedSequence:
     The saving thread reports back with `save_succeeded` and `save_failed`.
     """
 
-    def __init__(self, chain: BlockChain, *, session_id: str, request_id: str) -> None:
+    def __init__(
+        self, chain: BlockChain, *, session_id: str, request_id: str, prompt: FittedPrompt | None = None
+    ) -> None:
+        """Follow a chain; `prompt` says of what conversation it is a truncated view, None: of none."""
         self.chain = chain
+        self.prompt = prompt
         self.session_id = session_id
         self.request_id = request_id
         self._lock = threading.Lock()
