@@ -179,7 +179,7 @@ def test_a_daemon_that_does_not_answer_holds_up_no_stream_and_keeps_its_hands_on
     context = gpu.driver.context(0)
     # The engine's own stream is not the copying ones': it is let through while those stand still.
     with gpu.held():
-        load = engine.kv.load(chain("a", 2), [2, 3], deadline_s=0.2)
+        load = engine.kv.load(chain("a", 2), [2, 3])
         assert load.blocks == 2
         assert load.result(0.05).blocks == 0
         assert load.has_failed
