@@ -10,12 +10,13 @@ from functools import partial
 import numpy as np
 
 from kvservice.lookahead import Fetch, Planner
+from kvservice.queues import QueuedRequest
 from kvservice.store.arrivals import Arrival
 from kvservice.store.disks import Disks
 from kvservice.store.namespace import Namespace
 from kvservice.store.promotion import Promotion
 from kvservice.store.space import Space
-from kvservice.store.waiting import Need, WaitingRequests
+from kvservice.store.waiting import WaitingRequests
 from kvservice.transfers import Priority
 
 _ROUND_S_MIN = 0.005  # a burst of messages is one round
@@ -28,7 +29,7 @@ class _Running:
     """A fetch under way."""
 
     namespace: Namespace
-    need: Need
+    request: QueuedRequest
     arrivals: list[Arrival]
     pending: int
 
@@ -97,14 +98,14 @@ class Prefetching:
             self._start(fetch)
 
     def _start(self, fetch: Fetch) -> None:
-        namespace, need = fetch.group, fetch.key
+        namespace, request = fetch.group, fetch.key
         assert isinstance(namespace, Namespace)
-        assert isinstance(need, Need)
+        assert isinstance(request, QueuedRequest)
         rows = np.array(fetch.blocks, dtype=np.int32)
         slots = namespace.pool.allocate(len(rows))
         arrivals = self._promotion.start(namespace, rows, slots, Priority.PREFETCH, urgency=fetch.order)
         namespace.end_hold(slots)  # the transfers hold what they read
-        self._running[fetch.number] = _Running(namespace, need, arrivals, len(arrivals))
+        self._running[fetch.number] = _Running(namespace, request, arrivals, len(arrivals))
         for arrival in arrivals:
             arrival.landed.add_done_callback(partial(self._landed, fetch.number))
 
@@ -114,8 +115,7 @@ class Prefetching:
         if running.pending == 0:
             del self._running[number]
             self._planner.ended(number)
-            running.need.fetched_at_s = self._clock()
-            self._waiting.changed.set()
+            self._waiting.fetched(running.request)
 
     async def _make_room(self, namespace: Namespace) -> None:
         """Let go what no request of the window needs, where what they need does not fit."""

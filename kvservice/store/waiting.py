@@ -150,6 +150,13 @@ class WaitingRequests:
         owners = [owner for owner in self._owners() if owner.instance_id == instance.instance_id]
         return sum(len(self._queues.requests(owner)) for owner in owners)
 
+    def fetched(self, request: QueuedRequest) -> None:
+        """A fetch for the request ended."""
+        need = self._needs.get(request)
+        if need is not None:
+            need.fetched_at_s = self._clock()
+        self.changed.set()
+
     def refresh(self, namespace: Namespace) -> None:
         """Bring one namespace's windows and its eviction order up to date."""
         owners = [owner for owner in self._owners() if owner.namespace is namespace]
@@ -185,7 +192,7 @@ class WaitingRequests:
                 missing = missing[self._disks.readable(index.extent[missing])]
             if len(missing) or len(arriving):
                 block_bytes = namespace.spec.block_size_bytes
-                jobs.append(Job(need, namespace, need.order, need.starts_at_s, missing, arriving, block_bytes))
+                jobs.append(Job(need.request, namespace, need.order, need.starts_at_s, missing, arriving, block_bytes))
         return jobs
 
     def window_rows(self, namespace: Namespace) -> Rows:

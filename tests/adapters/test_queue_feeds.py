@@ -131,6 +131,8 @@ def test_a_burst_on_vllm_is_fetched_before_its_requests_start(
     outcomes = burst(vllm, 64)
     assert [outcome["tokens"] for outcome in outcomes] == expected
     eventually(lambda: series(slow_disk, "kvservice_queued_requests") == 0)
+    states = ("ready", "late", "absent", "nothing_held")
+    assert sum(started_as(slow_disk, state) for state in states) <= BURST, "a request starts once"
     # The first starts at once; while one runs, the next are fetched.
     assert started_as(slow_disk, "ready") >= BURST // 2
     assert series(slow_disk, "kvservice_prefetch_lead_seconds_count") >= BURST // 2

@@ -57,6 +57,7 @@ def request(
         arrival_time=at_s,
         num_preemptions=preemptions,
         num_tokens=tokens,
+        num_computed_tokens=0,
         session_id=None,
         kv_transfer_params=None,
     )
@@ -111,6 +112,8 @@ def test_the_daemon_is_told_of_the_queue_when_it_changes() -> None:
     teller.tell([a, b, c, d], tracked.values())
     teller.tell([a, b, c, d], tracked.values())
     a.loading_ids = frozenset({1})  # its load has begun
+    teller.tell([a, c, b], tracked.values())
+    a.loading_ids, a.request.num_computed_tokens = frozenset(), 32  # it was loaded, and runs with the next step
     teller.tell([a, c, b], tracked.values())
     teller.tell([b], [a, b])  # c was aborted
     b.hashes = chain("b", 3)  # preempted, with more tokens than before

@@ -20,13 +20,13 @@ class QueueTeller:
         """This is the queue after a step.
 
         Args:
-            in_order: the requests that do not run, the next first; those whose load is under way have begun.
+            in_order: the requests that do not run, the next first; those that are loaded, or have been, have begun.
             is_unfinished: all requests of the engine.
         """
         waiting = {
             tracked.request_id: self._waiting(tracked)
             for tracked in in_order
-            if tracked.hashes and not tracked.loading_ids
+            if tracked.hashes and not tracked.loading_ids and not tracked.request.num_computed_tokens
         }
         if list(waiting.items()) == list(self._told.items()):
             return

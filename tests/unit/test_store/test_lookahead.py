@@ -189,6 +189,25 @@ def test_a_full_dram_makes_room_for_the_window_and_keeps_its_blocks(tmp_path: Pa
     asyncio.run(scenario())
 
 
+def test_a_request_that_moves_while_it_is_fetched_still_knows_when_that_ended(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as node:
+            for name in ("a", "b", "c"):
+                await node.engine.save(chain(name, 8))
+                await node.flush()
+            tell(node.engine, entry("c", 8), entry("a", 8))
+            await node.store.prefetching.round()
+            assert node.store.prefetching.in_flight
+            tell(node.engine, entry("a", 8), epoch=2)  # with another order
+            await node.store.prefetching.round()
+            await until_settled(node)
+            update(node.engine, QueueDelta(2, 1, started=["a"]))
+            leads = next(iter(node.store.metrics.prefetches.lead_seconds.collect())).samples
+            assert next(sample.value for sample in leads if sample.name.endswith("_count")) == 1
+
+    asyncio.run(scenario())
+
+
 def test_a_window_larger_than_dram_does_not_chase_its_tail(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as node:
