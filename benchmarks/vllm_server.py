@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _ROOT = Path(__file__).parents[1]
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 
 VENV = _ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")

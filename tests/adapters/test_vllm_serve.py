@@ -20,7 +20,7 @@ from tests.adapters.vllm_engine import PATIENT
 from tests.daemons import DaemonProcess
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ATTACHED_WITHIN_S = 30.0
 FLAGS = ("--dtype", "float32", "--max-model-len", "2048")

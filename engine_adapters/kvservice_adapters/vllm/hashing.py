@@ -114,11 +114,17 @@ def weights_identity_of(vllm_config: Any) -> str:
         raise UnsupportedModel(
             "its weights are made up (load_format dummy): name them with weights_identity in kv_connector_extra_config"
         )
-    model = vllm_config.model_config
+    named = [vllm_config.model_config]
+    # A draft model with layers of its own keeps them in the same blocks.
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.draft_model_config is not None:
+        named.append(speculative.draft_model_config)
+    return " ".join([load_format, *(_model_identity_of(model) for model in named)])
+
+
+def _model_identity_of(model: Any) -> str:
     folder = Path(model.model)
-    if not folder.is_dir():
-        folder = _snapshot_of(model.model, model.revision)
-    return f"{load_format} {files_identity_of(folder)}"
+    return files_identity_of(folder if folder.is_dir() else _snapshot_of(model.model, model.revision))
 
 
 def _snapshot_of(name: str, revision: str | None) -> Path:
