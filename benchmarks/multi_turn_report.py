@@ -109,19 +109,20 @@ def write_plot(report: Report, path: Path) -> None:
 
     positions = sorted({turn.position for turn in report.turns if not turn.error})
     by_position = [[turn for turn in report.turns if turn.position == place and not turn.error] for place in positions]
+    numbers = [place + 1 for place in positions]
     figure = Figure(figsize=(9, 4), layout="constrained")
     times, tokens = figure.subplots(1, 2)
     for name, fraction in (("p50", 0.5), ("p90", 0.9)):
         values = [percentile(sorted(turn.ttft_s for turn in turns), fraction) for turns in by_position]
-        times.plot([place + 1 for place in positions], values, marker="o", label=name)
-    times.set(xlabel="turn", ylabel="time to first token [s]", ylim=(0, None))
+        times.plot(numbers, values, marker="o", label=name)
+    times.set(xlabel="turn", xticks=numbers, ylabel="time to first token [s]", ylim=(0, None))
     times.legend()
     reused = [sum(turn.reused_tokens for turn in turns) for turns in by_position]
     computed = [
         sum(turn.prompt_tokens for turn in turns) - kept for turns, kept in zip(by_position, reused, strict=True)
     ]
-    tokens.bar([place + 1 for place in positions], computed, label="computed")
-    tokens.bar([place + 1 for place in positions], reused, bottom=computed, label="reused")
-    tokens.set(xlabel="turn", ylabel="prefill tokens")
+    tokens.bar(numbers, computed, label="computed")
+    tokens.bar(numbers, reused, bottom=computed, label="reused")
+    tokens.set(xlabel="turn", xticks=numbers, ylabel="prefill tokens")
     tokens.legend()
     figure.savefig(path)
