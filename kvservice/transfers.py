@@ -130,6 +130,14 @@ class TransferQueue:
         self._waiting -= 1
         return True
 
+    def fail_waiting(self, error: BaseException) -> None:
+        """The device does not work: everything that has not started ends with this error."""
+        for *_, transfer in self._heap:
+            if not transfer.is_started and not transfer.done.done():
+                transfer.done.set_exception(error)
+        self._heap.clear()
+        self._waiting = 0
+
     async def close(self) -> None:
         """Cancel what waits, wait for what runs."""
         for _, _, _, transfer in self._heap:

@@ -27,9 +27,9 @@ class Node:
         self, directory: Path, *, specs: Sequence[NamespaceSpec] = (), files: Files | None = None, **knobs: Any
     ) -> None:
         """`specs`: the engine's namespaces, "model" if none are named. `files`: the disk. `knobs`: of the daemon."""
-        self._files = files
         self._directory = directory
         self._specs = specs or [spec_of()]
+        self._files = files
         self._knobs = knobs
         self.clock = Clock()
         self.wall_clock = Clock()
@@ -119,9 +119,11 @@ class Node:
 
 
 @asynccontextmanager
-async def running(directory: Path, *, specs: Sequence[NamespaceSpec] = (), **knobs: Any) -> AsyncIterator[Node]:
+async def running(
+    directory: Path, *, specs: Sequence[NamespaceSpec] = (), files: Files | None = None, **knobs: Any
+) -> AsyncIterator[Node]:
     """A started node; leaving the block stops it in order."""
-    node = Node(directory, specs=specs, **knobs)
+    node = Node(directory, specs=specs, files=files, **knobs)
     await node.start()
     yield node
     await node.stop()

@@ -155,6 +155,7 @@ class Daemon:
         self.tasks.start("status_page", self._publish_status(control))
         if self.store.disks:
             self.tasks.start("write_behind", self.store.write_behind.run())
+            self.tasks.start("durability", self.store.durability.run())
             recovery = asyncio.create_task(self._recover())
             stack.callback(recovery.cancel)
         server = make_server(control, self.health, message_bytes_max=config.message_bytes_max)
@@ -199,7 +200,7 @@ class Daemon:
         except Exception as error:  # noqa: BLE001  # whatever is wrong with the disks' memory, DRAM serves on
             _log.exception("recovery_failed", error)
             for disk in self.store.disks.disks:
-                disk.fail(f"recovery failed: {error}")
+                disk.health.fail(f"recovery failed: {error}")
             return
         seconds = round(time.monotonic() - started_s, 3)
         _log.info("recovered", blocks=durability.recovered_blocks, seconds=seconds)

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Self
 
-from kvservice.blocks import NamespaceSpec, Tier
+import numpy as np
+
+from kvservice.blocks import Tier
 from kvservice.metrics import CANCELLED, MISS_REASONS, Metrics
 from kvservice.status import HitCounts, MissLine
+from kvservice.store import Namespace
 from kvservice.store.outcomes import Granted
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
@@ -46,20 +49,21 @@ class RequestedBlocks:
     Args:
         requests: the totals.
         granted: what the store answered.
-        spec: the namespace asked.
+        namespace: the one asked; its counters took every granted block for a hit.
         instance_id: who asked.
         started_s: when the call came, on time.perf_counter's clock.
     """
 
     def __init__(
-        self, requests: BlockRequests, granted: Granted, spec: NamespaceSpec, *, instance_id: int, started_s: float
+        self, requests: BlockRequests, granted: Granted, namespace: Namespace, *, instance_id: int, started_s: float
     ) -> None:
         self._requests = requests
-        self._spec = spec
+        self._spec = namespace.spec
+        self._counters = namespace.counters
         self._instance_id = instance_id
         self._started_s = started_s
         self._blocks = len(granted.slots) + granted.missed
-        self._dram_blocks = len(granted.slots) - granted.nvme_blocks
+        self._from_nvme = granted.from_nvme
         self._slowest = Tier.NVME if granted.pending else Tier.DRAM
         self._stride_bytes = granted.pool.stride_bytes
         self._handed_out = 0
@@ -74,6 +78,7 @@ class RequestedBlocks:
         if left > 0:
             self._miss(CANCELLED, left)
         self._count_hits()
+        self._count_late_misses()
         if self._missed:
             requests = self._requests
             requests.recent.append(
@@ -95,6 +100,13 @@ class RequestedBlocks:
             else:
                 self._handed_out += run.blocks
 
+    def _count_late_misses(self) -> None:
+        late = self._from_nvme[self._handed_out :]
+        nvme = int(np.count_nonzero(late))
+        self._counters.nvme_hits -= nvme
+        self._counters.dram_hits -= len(late) - nvme
+        self._counters.misses += len(late)
+
     def _miss(self, reason: str, blocks: int) -> None:
         self._first_reason = self._first_reason or reason
         self._missed += blocks
@@ -106,8 +118,8 @@ class RequestedBlocks:
         if not self._handed_out:
             metrics.operations.get_missed.observe(seconds)
             return
-        dram = min(self._handed_out, self._dram_blocks)
-        nvme = self._handed_out - dram
+        nvme = int(np.count_nonzero(self._from_nvme[: self._handed_out]))
+        dram = self._handed_out - nvme
         requests.dram += dram
         requests.nvme += nvme
         metrics.dram_hit_blocks.inc(dram)

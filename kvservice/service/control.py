@@ -101,10 +101,10 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._get_calls.observe(time.perf_counter() - started_s, "OK")
         # Nothing ran since the blocks were granted: the instance and the namespace are those.
         instance = self._instance(context)
-        spec = self._store.namespace(instance, request.namespace_id).spec
+        namespace = self._store.namespace(instance, request.namespace_id)
         wait_s = request.wait_ms / 1000 if request.wait_ms else None
         with RequestedBlocks(
-            self.block_requests, granted, spec, instance_id=instance.instance_id, started_s=started_s
+            self.block_requests, granted, namespace, instance_id=instance.instance_id, started_s=started_s
         ) as requested:
             if places is None:
                 responses = getting.responses(granted, wait_s=wait_s)
@@ -235,7 +235,14 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
     def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         store = self._store
         tenant = self._instance(context).tenant
-        found = explain(store.namespaces.values(), tenant, request.hash, request.fingerprint, store.clock())
+        found = explain(
+            store.namespaces.values(),
+            tenant,
+            request.hash,
+            request.fingerprint,
+            store.clock(),
+            why_unreadable=store.disks.why_unreadable,
+        )
         return messages.explain_response(found)
 
     # ----------------------------------------------------------------- privately

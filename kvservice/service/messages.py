@@ -238,6 +238,8 @@ def _put_finding(message: pb.Explanation, finding: outcomes.Finding) -> None:
             message.dropped.CopyFrom(
                 pb.DroppedFinding(reason=DROPS[finding.reason], ago_s=finding.ago_s, idle_s=finding.idle_s)
             )
+        case outcomes.Offline():
+            message.tier_offline.CopyFrom(pb.TierOffline(tier=TIERS[finding.tier], why=finding.why))
         case outcomes.Elsewhere():
             message.namespace_mismatch.CopyFrom(pb.NamespaceMismatch(held_under_labels=finding.labels))
         case outcomes.NotRemembered():

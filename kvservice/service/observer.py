@@ -46,7 +46,14 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
     def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         store = self._store
         tenant = self._tenant(context)
-        found = explain(store.namespaces.values(), tenant, request.hash, request.fingerprint, store.clock())
+        found = explain(
+            store.namespaces.values(),
+            tenant,
+            request.hash,
+            request.fingerprint,
+            store.clock(),
+            why_unreadable=store.disks.why_unreadable,
+        )
         return messages.explain_response(found)
 
     def _tenant(self, context: Context) -> Tenant:

@@ -87,7 +87,7 @@ class DiskSpace:
     async def _reclaim_segment(self, taker: Namespace) -> bool:
         """Empty a segment that the taker's share entitles it to; whether there was one."""
         for disk in self._disks.disks:
-            if disk.is_online:
+            if disk.health.can_write:
                 for donor, segment in self._reclaimable(disk, taker):
                     await self._empty(donor, disk, segment.segment_id)
                     return True

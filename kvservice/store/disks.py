@@ -1,45 +1,36 @@
-"""The NVMe tier: its disks, what state they are in, and what extents are where.
-
-A disk that fails, is full or turns a hundred times slower than usual goes offline by itself, says
-why, and comes back when a probe succeeds. Meanwhile its blocks are misses and DRAM serves on.
-"""
+"""The NVMe tier: its disks, and what extents are where."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterable, Sequence
+import errno
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
+from typing import TypeVar
 
 import numpy as np
 
 from kvservice.blocks import NamespaceSpec, Tier
 from kvservice.errors import CapacityExhausted
-from kvservice.logs import event_log
 from kvservice.lookahead import Throughput
 from kvservice.nvme import PLACE_BITS, Throttle, Volume
+from kvservice.store.disk_health import Health
 from kvservice.tiers import TierUsage
 from kvservice.transfers import Priority, TransferQueue
 
+Result = TypeVar("Result")
+
 _VOLUME_SHIFT = 56  # an extent number is its volume's position, then the volume's own number
 _LOCAL = (1 << _VOLUME_SHIFT) - 1
-_PROBE_INTERVAL_S = 5.0
-_SLOW_FACTOR = 100.0
-_SLOW_S_MIN = 2.0
-_SMOOTHING = 0.1
+_ACCESS_S_MAX = 10.0
 _VERIFYING_THREADS = 2
 """Beside those at the device: what they read is verified, and what they write prepared, while it is busy."""
 
-_log = event_log(__name__)
 
-
-class DiskState(Enum):
-    """What a disk can be used for."""
-
-    RECOVERING = "recovering"
-    ONLINE = "online"
-    OFFLINE = "offline"
+async def in_thread(work: Callable[[], Result]) -> Result:
+    """The result of a short access to a disk, which may hang. Raises OSError; TimeoutError is one."""
+    async with asyncio.timeout(_ACCESS_S_MAX):
+        return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 class Disk:
@@ -53,21 +44,12 @@ class Disk:
         """
         threads = depth + _VERIFYING_THREADS
         self.volume = volume
-        self.state = DiskState.RECOVERING
-        self.why = ""
-        self.is_recovered = False
-        """Whether what it holds is known; writing before that would go over it."""
+        self.health = Health(volume.directory)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="nvme")
         self.transfers = TransferQueue(self._executor, depth=threads, waiting_max=waiting_max)
         self.throttle = Throttle(bytes_per_s_max)
         self.reads, self.writes = Throughput(), Throughput()
-        self._usual_s_per_byte = 0.0
-        self._probe_at_s = 0.0
-
-    @property
-    def is_online(self) -> bool:
-        """Whether it reads and writes."""
-        return self.state is DiskState.ONLINE
+        self.health.on_offline.add(self._give_up_waiting)
 
     @property
     def read_bytes_per_s(self) -> float:
@@ -80,46 +62,25 @@ class Disk:
         rate = self.read_bytes_per_s
         return self.transfers.bytes_before(Priority.GET) / rate if rate else 0.0
 
-    def fail(self, why: str) -> None:
-        """Take it offline. Says so once."""
-        if self.state is not DiskState.OFFLINE:
-            self.state, self.why = DiskState.OFFLINE, why
-            _log.error("nvme_offline", directory=self.volume.directory, why=why)
-        self._probe_at_s = time.monotonic() + _PROBE_INTERVAL_S
-
-    def took(self, seconds: float, size_bytes: int) -> None:
-        """A read of so many bytes took so long; one far slower than usual takes the disk offline."""
-        if not size_bytes:
-            return
-        rate = seconds / size_bytes
-        usual = self._usual_s_per_byte
-        if usual and seconds > _SLOW_S_MIN and rate > _SLOW_FACTOR * usual:
-            self.fail(f"a read took {seconds:.1f} s, {rate / usual:.0f} times as long as usual")
-            return
-        self._usual_s_per_byte = usual + _SMOOTHING * (rate - usual) if usual else rate
-
-    def recovered(self) -> None:
-        """What it holds is known: it can be used."""
-        self.state, self.is_recovered = DiskState.ONLINE, True
-
-    def come_back(self) -> None:
-        """It works again."""
-        self.state, self.why = DiskState.ONLINE, ""
-        self._usual_s_per_byte = 0.0
-        _log.info("nvme_online", directory=self.volume.directory)
-
     async def came_back(self) -> bool:
-        """If it is offline and time, try it; whether it is online again."""
-        if self.state is not DiskState.OFFLINE or not self.is_recovered or time.monotonic() < self._probe_at_s:
+        """Try a disk that failed, if it is time and its directory is in its place; whether it works again."""
+        if not self.health.is_probe_due:
             return False
-        self._probe_at_s = time.monotonic() + _PROBE_INTERVAL_S
         try:
-            await asyncio.get_running_loop().run_in_executor(None, self.volume.probe)
+            await in_thread(self.volume.probe)
         except OSError as error:
-            self.why = f"{self.why.split('; probe')[0]}; probe: {error}"
+            self.health.probe_failed(str(error))
             return False
-        self.come_back()
+        self.health.come_back()
         return True
+
+    def replace(self, volume: Volume) -> Volume:
+        """Its directory was opened anew; the old volume, nothing of which is in use any more."""
+        old, self.volume = self.volume, volume
+        return old
+
+    def _give_up_waiting(self) -> None:
+        self.transfers.fail_waiting(OSError(errno.EIO, self.health.why))
 
     async def close(self) -> None:
         """Wait for what runs, then close the volume."""
@@ -142,12 +103,17 @@ class Disks:
     @property
     def can_write(self) -> bool:
         """Whether at least one disk takes blocks."""
-        return any(disk.is_online for disk in self.disks)
+        return any(disk.health.can_write for disk in self.disks)
 
     @property
-    def all_online(self) -> bool:
+    def can_read_all(self) -> bool:
         """Whether no block is unreachable."""
-        return all(disk.is_online for disk in self.disks)
+        return all(disk.health.can_read for disk in self.disks)
+
+    def why_unreadable(self, extent: int) -> str:
+        """What keeps the extent from being read; empty: nothing."""
+        health = self.of(extent).health
+        return "" if health.can_read else health.why or health.state.value
 
     def of(self, extent: int) -> Disk:
         """The disk that has the extent."""
@@ -173,20 +139,20 @@ class Disks:
         return segments
 
     def readable(self, extents: np.ndarray) -> np.ndarray:
-        """Which of the extents are on a disk that is online, as a mask."""
-        online = np.array([disk.is_online for disk in self.disks], dtype=bool)
-        mask: np.ndarray = online[extents >> _VOLUME_SHIFT]
+        """Which of the extents are on a disk that can be read, as a mask."""
+        readable = np.array([disk.health.can_read for disk in self.disks], dtype=bool)
+        mask: np.ndarray = readable[extents >> _VOLUME_SHIFT]
         return mask
 
     def reserve(self, namespace: NamespaceSpec, count: int) -> tuple[Disk, list[int]]:
-        """Extents on the online disk with most room.
+        """Extents on the disk with most room that takes blocks.
 
         Raises:
             CapacityExhausted: none has room for all of them.
         """
-        refusal = CapacityExhausted("no disk is online")
-        online = [disk for disk in self.disks if disk.is_online]
-        for disk in sorted(online, key=lambda disk: disk.volume.usage().used_bytes):
+        refusal = CapacityExhausted("no disk takes blocks")
+        writable = [disk for disk in self.disks if disk.health.can_write]
+        for disk in sorted(writable, key=lambda disk: disk.volume.usage().used_bytes):
             try:
                 locals_ = disk.volume.reserve(namespace, count)
             except CapacityExhausted as error:
@@ -203,7 +169,7 @@ class Disks:
     @property
     def read_bytes_per_s(self) -> float:
         """Of all disks together; 0.0: nothing is known."""
-        return sum(disk.read_bytes_per_s for disk in self.disks if disk.is_online)
+        return sum(disk.read_bytes_per_s for disk in self.disks if disk.health.can_read)
 
     def read_speed(self, extents: np.ndarray) -> tuple[float, float]:
         """(bytes per second, seconds until it begins) of reading these extents, one chain's; 0.0: not known."""
@@ -219,7 +185,9 @@ class Disks:
         """Occupancy of all disks; the state names those that are not online."""
         usages = [disk.volume.usage() for disk in self.disks]
         wrong = [
-            f"{disk.state.value}: {disk.why or disk.volume.directory}" for disk in self.disks if not disk.is_online
+            f"{disk.health.state.value}: {disk.health.why or disk.volume.directory}"
+            for disk in self.disks
+            if not disk.health.can_write
         ]
         return TierUsage(
             sum(usage.capacity_bytes for usage in usages),

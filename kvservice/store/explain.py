@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,18 +18,26 @@ from kvservice.store.outcomes import (
     Finding,
     Held,
     NotRemembered,
+    Offline,
 )
 
 HASH_SIZE_BYTES_MIN, HASH_SIZE_BYTES_MAX = 8, 64
 
 
 def explain(
-    namespaces: Iterable[Namespace], tenant: Tenant, block_hash: bytes, fingerprint: bytes, now_s: float
+    namespaces: Iterable[Namespace],
+    tenant: Tenant,
+    block_hash: bytes,
+    fingerprint: bytes,
+    now_s: float,
+    *,
+    why_unreadable: Callable[[int], str] = lambda extent: "",
 ) -> list[Explanation]:
     """One explanation for each namespace that knows the hash, or a single one if none does.
 
     Args:
         fingerprint: ask about this namespace only; empty: all of the tenant's.
+        why_unreadable: what keeps an extent from being read; empty: nothing.
 
     Raises:
         InvalidRequest: the hash has no possible length.
@@ -43,7 +51,7 @@ def explain(
     found = [
         Explanation(namespace.spec, finding)
         for namespace in asked
-        if not isinstance(finding := _finding(namespace, BlockHash(block_hash), now_s), NotRemembered)
+        if not isinstance(finding := _finding(namespace, BlockHash(block_hash), now_s, why_unreadable), NotRemembered)
     ]
     if found:
         return found
@@ -60,12 +68,16 @@ def explain(
     return [Explanation(spec, NotRemembered(remembered, horizon_s))]
 
 
-def _finding(namespace: Namespace, block_hash: BlockHash, now_s: float) -> Finding:
+def _finding(
+    namespace: Namespace, block_hash: BlockHash, now_s: float, why_unreadable: Callable[[int], str]
+) -> Finding:
     index = namespace.index
     row = index.row_of(block_hash)
     if row != NO_ROW and index.state[row] == State.RESIDENT:
         of_bytes = int(index.bytes_rows(np.array([row]))[0])
-        slot = int(index.slot[of_bytes])
+        slot = NO_SLOT if index.arriving[of_bytes] else int(index.slot[of_bytes])
+        if slot == NO_SLOT and (why := why_unreadable(int(index.extent[of_bytes]))):
+            return Offline(Tier.NVME, why)
         # Written, flushed and recorded.
         is_durable = bool(index.extent[of_bytes] != NO_EXTENT and not index.dirty[of_bytes])
         tiers = (Tier.DRAM,) * (slot != NO_SLOT) + (Tier.NVME,) * is_durable

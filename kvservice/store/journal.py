@@ -8,12 +8,16 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from kvservice.blocks import NO_EXTENT, NO_ROW, NamespaceSpec, Rows
+from kvservice.logs import event_log
 from kvservice.nvme import RecordKind, record, records_array
 from kvservice.sessions import session_key
 from kvservice.store.disks import Disk, Disks
 from kvservice.store.namespace import Namespace
 
 _PENDING_MAX = 200_000
+_APPEND_S_MAX = 5.0
+
+_log = event_log(__name__)
 
 PackedRecord = tuple[object, ...]
 
@@ -27,6 +31,8 @@ class Journal:
         self._wall_clock = wall_clock
         self._appending: dict[Disk, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._pending: dict[Disk, list[PackedRecord]] = defaultdict(list)
+        self._next: dict[Disk, asyncio.Task[None]] = {}
+        self._under_way: set[asyncio.Task[None]] = set()
         self._folding: set[Disk] = set()
         self._kept: dict[Disk, int] = {}
 
@@ -100,35 +106,62 @@ class Journal:
     async def append(self, disk: Disk) -> None:
         """Make the disk's pending records durable, in their order. Raises OSError: they are kept for later."""
         async with self._appending[disk]:
-            pending = self._pending.pop(disk, [])
-            if not pending:
-                return
-            try:
-                await asyncio.get_running_loop().run_in_executor(
-                    None, lambda: disk.volume.append(records_array(pending))
-                )
-            except OSError:
-                self._pending[disk][:0] = pending
-                raise
+            await self._append_pending(disk)
 
     async def append_all(self) -> None:
-        """Every disk's pending records, and a checkpoint where a log has grown long."""
-        for disk in self._disks.disks:
-            if disk.is_online:
-                try:
-                    await self.append(disk)
-                except OSError as error:
-                    disk.fail(str(error))
-                if disk.volume.needs_fold and disk not in self._folding:
-                    self._folding.add(disk)
-                    folding = asyncio.get_running_loop().run_in_executor(None, disk.volume.journal.fold)
-                    folding.add_done_callback(lambda done, disk=disk: self._folded(disk, done))  # type: ignore[misc]
+        """Every disk's pending records, and a checkpoint where a log has grown long. Waits for no disk that hangs."""
+        appends = [self._next_append(disk) for disk in self._disks.disks if disk.health.can_write]
+        if appends:
+            _, late = await asyncio.wait(appends, timeout=_APPEND_S_MAX)
+            if late:
+                _log.warning("journal_is_slow", why=f"records are not durable after {_APPEND_S_MAX:.0f} s")
+
+    def _next_append(self, disk: Disk) -> asyncio.Task[None]:
+        """The append that takes everything pending now: one may be under way, one more waits for it."""
+        if disk not in self._next:
+            self._next[disk] = asyncio.create_task(self._append_and_fold(disk))
+        return self._next[disk]
+
+    async def _append_and_fold(self, disk: Disk) -> None:
+        async with self._appending[disk]:
+            append = self._next.pop(disk)
+            self._under_way.add(append)
+            append.add_done_callback(self._under_way.discard)
+            try:
+                await self._append_pending(disk)
+            except OSError as error:
+                disk.health.refuse_writes(str(error))
+                return
+        if disk.volume.needs_fold and disk not in self._folding:
+            self._folding.add(disk)
+            folding = asyncio.get_running_loop().run_in_executor(None, disk.volume.journal.fold)
+            folding.add_done_callback(lambda done: self._folded(disk, done))
+
+    def forget(self, disk: Disk) -> None:
+        """The disk begins anew: what it should have been told is void."""
+        self._pending.pop(disk, None)
+        self._kept.pop(disk, None)
+
+    async def _append_pending(self, disk: Disk) -> None:
+        pending = self._pending.pop(disk, [])
+        if not pending:
+            return
+
+        def append() -> None:
+            with disk.health.working(0):
+                disk.volume.append(records_array(pending))
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, append)
+        except OSError:
+            self._pending[disk][:0] = pending
+            raise
 
     def _folded(self, disk: Disk, done: asyncio.Future[None]) -> None:
         self._folding.discard(disk)
         error = done.exception()
         if error is not None:
-            disk.fail(f"checkpoint failed: {error}")
+            disk.health.refuse_writes(f"checkpoint failed: {error}")
 
     def _add(self, kind: RecordKind, spec: NamespaceSpec, extent: int, **fields: Any) -> None:
         """Queue a record; `fields` as `nvme.record` takes them."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import groupby
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice.blocks import DropReason, NamespaceSpec, Slots, Tier
 from kvservice.dram import SlotPool
 from kvservice.lookahead import LoadPlan
@@ -80,7 +83,8 @@ class Granted:
     rows: Sequence[int]
     slots: Slots
     pending: Mapping[int, Arrival]
-    nvme_blocks: int
+    from_nvme: NDArray[np.bool_]
+    """Which of the slots' blocks had to be read from NVMe, or were being read."""
     missed: int
     miss: Miss
     shifts: Sequence[int] = ()
@@ -167,6 +171,14 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Offline:
+    """Explain: held on a tier that cannot be read now."""
+
+    tier: Tier
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class BeingStored:
     """Explain: reserved, or committed and waiting for the block before it."""
 
@@ -198,7 +210,7 @@ class NotRemembered:
     horizon_s: float
 
 
-Finding = Held | BeingStored | Dropped | Elsewhere | NotRemembered
+Finding = Held | Offline | BeingStored | Dropped | Elsewhere | NotRemembered
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from kvservice.store.namespace import Namespace
 from kvservice.transfers import Priority
 
 _TRANSFER_BYTES_MAX = 8 * 1024 * 1024
+_FAILED_EXTENTS_MAX = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Promotion:
         self._disks = disks
         self._metrics = metrics
         self._clock = clock
+        self._failed_once: set[int] = set()
 
     def start(
         self, namespace: Namespace, rows: Rows, slots: Slots, priority: Priority, *, urgency: float = 0.0
@@ -116,10 +118,20 @@ class Promotion:
         for row in arrival.rows:
             namespace.arrivals[row] = arrival
 
+        def give_up() -> None:
+            # The thread may hang for ever; its slots are its own until it ends, but nobody need wait for them.
+            if not arrival.landed.done():
+                arrival.landed.set_result(dict.fromkeys(arrival.rows, Landing.TIER_OFFLINE))
+
+        disk.health.on_offline.add(give_up)
+
         def settle(outcome: Sequence[Landing] | BaseException) -> None:
-            if isinstance(outcome, OSError):
-                disk.fail(str(outcome))
+            disk.health.on_offline.discard(give_up)
             landings = outcome if isinstance(outcome, Sequence) else [Landing.TIER_OFFLINE] * len(rows)
+            if isinstance(outcome, OSError):
+                if disk.health.can_read:
+                    landings = self._unreadable(namespace, rows)
+                disk.health.fail(str(outcome))
             self._settle(namespace, arrival, slots, landings)
 
         try:
@@ -145,7 +157,7 @@ class Promotion:
                 settle(error)
             else:
                 read = future.result()
-                disk.took(read.seconds, len(rows) * size_bytes)
+                disk.health.took(read.seconds, len(rows) * size_bytes)
                 self._metrics.nvme_read_seconds.inc(read.seconds)
                 if priority is Priority.PREFETCH:
                     self._metrics.operations.prefetch.observe(self._clock() - submitted_at_s)
@@ -159,12 +171,22 @@ class Promotion:
         started_s = time.monotonic()
         disk.throttle.wait(sum(len(job.memory) for job in jobs))
         try:
-            results = disk.volume.read(namespace.spec, jobs)
+            with disk.health.working(len(jobs) * namespace.stride_bytes):
+                results = disk.volume.read(namespace.spec, jobs)
         finally:
             for job in jobs:
                 job.memory.release()
         landings = [Landing.OK if result is ReadResult.OK else Landing.CORRUPT for result in results]
         return _Read(landings, time.monotonic() - started_s)
+
+    def _unreadable(self, namespace: Namespace, rows: Rows) -> list[Landing]:
+        """A read failed while the disk worked: what fails for the second time is lost, or it would fail for ever."""
+        extents = namespace.index.extent[rows].tolist()
+        landings = [Landing.CORRUPT if extent in self._failed_once else Landing.TIER_OFFLINE for extent in extents]
+        self._failed_once.symmetric_difference_update(extents)
+        if len(self._failed_once) > _FAILED_EXTENTS_MAX:
+            self._failed_once.clear()
+        return landings
 
     def _settle(self, namespace: Namespace, arrival: Arrival, slots: Slots, landings: Sequence[Landing]) -> None:
         """On the event loop: the bytes are there, or are not going to be."""

@@ -52,7 +52,7 @@ class Reading:
         chain = self._chain(namespace, packed)
         hit = namespace.index.hit_length(chain)
         miss = requests.miss_after(namespace, chain, hit)
-        if not self._disks.all_online:
+        if not self._disks.can_read_all:
             readable = self._readable(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
             hit, miss = (readable, Miss.TIER_OFFLINE) if readable < hit else (hit, miss)
         shifts = requests.shift_tokens(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
@@ -125,11 +125,13 @@ class Reading:
                     break
         counters = namespace.counters
         counters.requested += len(chain)
-        counters.dram_hits += len(rows) - wanted
-        counters.nvme_hits += wanted
+        # One that is being read already is not in DRAM yet: whoever began that did this Get a favour.
+        from_nvme = on_nvme | namespace.index.arriving[of_bytes[: len(rows)]]
+        counters.dram_hits += int(np.count_nonzero(~from_nvme))
+        counters.nvme_hits += int(np.count_nonzero(from_nvme))
         counters.misses += len(chain) - len(rows)
         if not len(rows):
-            return Granted(0, 0.0, namespace.pool, (), rows, {}, 0, len(chain), miss)
+            return Granted(0, 0.0, namespace.pool, (), rows, {}, from_nvme, len(chain), miss)
         slots = self._fetch(namespace, of_bytes, on_nvme, Priority.GET)
         self._promotion.used(namespace, of_bytes)
         namespace.touch(rows, self._clock())
@@ -155,7 +157,7 @@ class Reading:
         }
         missed = len(chain) - len(rows)
         granted = of_bytes.tolist()
-        return Granted(hold_id, lease_s, namespace.pool, granted, slots, pending, wanted, missed, miss, shifts)
+        return Granted(hold_id, lease_s, namespace.pool, granted, slots, pending, from_nvme, missed, miss, shifts)
 
     async def prefetch(self, namespace_of: Callable[[], Namespace], packed: bytes) -> Prefetched:
         """Start reading what is on NVMe only into free or evictable DRAM; nobody waits for it."""
@@ -206,12 +208,12 @@ class Reading:
 
     def _readable(self, namespace: Namespace, rows: Rows) -> int:
         """How many leading rows are in DRAM or on a disk that is online."""
-        if self._disks.all_online:
+        if self._disks.can_read_all:
             return len(rows)
         index = namespace.index
         rows = index.bytes_rows(rows)
         extents = index.extent[rows]
-        lost = (index.slot[rows] == NO_SLOT) & (extents != NO_EXTENT)
+        lost = ((index.slot[rows] == NO_SLOT) | index.arriving[rows]) & (extents != NO_EXTENT)
         lost[lost] = ~self._disks.readable(extents[lost])
         return int(np.argmax(lost)) if lost.any() else len(rows)
 

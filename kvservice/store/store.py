@@ -383,7 +383,6 @@ class Store:
             expire_slice(namespace, self.clock())
             self.disk_space.keep_up(namespace)
             await self._space.keep_up(namespace, may_grow=id(namespace) in attached and not self.is_draining)
-        await self.durability.keep_up()
 
     def tiers(self) -> list[tuple[Tier, TierUsage]]:
         """Occupancy of each tier that there is."""

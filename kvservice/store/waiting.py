@@ -188,7 +188,7 @@ class WaitingRequests:
             missing, arriving = rows[is_missing], rows[index.arriving[rows]]
             ahead.needed_blocks += len(rows)
             ahead.dram_blocks += len(rows) - len(missing) - len(arriving)
-            if not self._disks.all_online:
+            if not self._disks.can_read_all:
                 missing = missing[self._disks.readable(index.extent[missing])]
             if len(missing) or len(arriving):
                 block_bytes = namespace.spec.block_size_bytes

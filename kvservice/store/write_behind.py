@@ -34,6 +34,7 @@ from kvservice.store.namespace import Namespace
 from kvservice.transfers import Priority, Transfer
 
 _BATCH_BYTES = 256 * 1024 * 1024
+_FLUSH_BATCH_BYTES = 32 * 1024 * 1024
 _TRANSFER_BYTES = 16 * 1024 * 1024
 _BUSY_RETRY_S = 0.05
 
@@ -63,6 +64,7 @@ class WriteBehind:
         self._metrics = metrics
         self._queue: deque[tuple[float, Namespace, Rows]] = deque()
         self._wake = asyncio.Event()
+        self._batch_bytes = _BATCH_BYTES
         self._is_hurried = False
         self.pausing = asyncio.Event()
         """Set while no batch is being written."""
@@ -94,6 +96,14 @@ class WriteBehind:
         if len(rows):
             self.submit(namespace, rows[np.argsort(index.depth[rows], kind="stable")])
 
+    def give_up(self) -> None:
+        """No disk takes blocks: what is queued lives in DRAM only, and may leave from there."""
+        while self._queue:
+            _, namespace, rows = self._queue.popleft()
+            waiting = rows[namespace.index.dirty[rows]]
+            namespace.index.dirty[waiting] = False
+            self._metrics.nvme_given_up_blocks.inc(len(waiting))
+
     async def run(self) -> None:
         """Work the queue off until cancelled."""
         while True:
@@ -113,14 +123,36 @@ class WriteBehind:
             self._progress.notify_all()
 
     async def flush(self, deadline_s: float) -> bool:
-        """Write everything queued now; whether that was done by the monotonic deadline."""
-        self._is_hurried = True
-        self._wake.set()
-        while self._queue or self.is_busy:
-            remaining_s = deadline_s - time.monotonic()
-            if remaining_s <= 0 or not await self.wait_for_progress(remaining_s):
-                return not self._queue and not self.is_busy
-        return True
+        """Write everything queued now, what is most likely to be needed first; whether all was by the deadline.
+
+        Args:
+            deadline_s: on time.monotonic's clock.
+        """
+        self._batch_bytes = _FLUSH_BATCH_BYTES  # the deadline cuts between batches
+        self._put_in_order()
+        try:
+            while self._queue or self.is_busy:
+                remaining_s = deadline_s - time.monotonic()
+                if remaining_s <= 0 or not await self.wait_for_progress(remaining_s):
+                    break
+        finally:
+            self._batch_bytes = _BATCH_BYTES
+        return not self._queue and not self.is_busy
+
+    def _put_in_order(self) -> None:
+        """What waiting requests need comes first, the soonest before the others, then what was used last."""
+        rows_of: dict[Namespace, list[Rows]] = {}
+        for _, namespace, rows in self._queue:
+            rows_of.setdefault(namespace, []).append(rows)
+        pieces = []
+        for namespace, parts in rows_of.items():
+            ranked = _ranked(namespace, np.unique(np.concatenate(parts)))
+            at_once = max(1, self._batch_bytes // namespace.stride_bytes)
+            for start in range(0, len(ranked), at_once):
+                piece = ranked[start : start + at_once]
+                pieces.append((piece[0][:2], namespace, np.array([row for *_, row in piece], dtype=np.int32)))
+        pieces.sort(key=lambda piece: piece[0])
+        self._queue = deque((time.monotonic(), namespace, rows) for _, namespace, rows in pieces)
 
     async def wait_for_progress(self, timeout_s: float) -> bool:
         """Wait until a batch became durable or was given up; whether one did."""
@@ -141,11 +173,12 @@ class WriteBehind:
                 # Half of the window, so that the other half remains for the writing itself.
                 due_in_s = self._queue[0][0] + self._config.nvme_write_behind_s / 2 - time.monotonic()
                 queued_bytes = sum(len(rows) * namespace.stride_bytes for _, namespace, rows in self._queue)
-                if due_in_s <= 0 or queued_bytes >= _BATCH_BYTES or self._is_hurried:
+                if due_in_s <= 0 or queued_bytes >= self._batch_bytes or self._is_hurried:
                     self._is_hurried = False
                     return
                 timeout_s: float | None = due_in_s
             else:
+                self._is_hurried = False  # there is nothing to hurry with
                 timeout_s = None
             try:
                 async with asyncio.timeout(timeout_s):  # wait_for may swallow a cancellation
@@ -157,7 +190,7 @@ class WriteBehind:
         """The oldest rows by namespace: however many Commits they came in, they are flushed and recorded together."""
         batch: dict[int, tuple[Namespace, list[Rows]]] = {}
         size_bytes = 0
-        while self._queue and size_bytes < _BATCH_BYTES:
+        while self._queue and size_bytes < self._batch_bytes:
             _, namespace, rows = self._queue.popleft()
             batch.setdefault(id(namespace), (namespace, []))[1].append(rows)
             size_bytes += len(rows) * namespace.stride_bytes
@@ -241,15 +274,21 @@ class WriteBehind:
                 transfers.append(disk.transfers.submit(Priority.WRITE, write, size_bytes=group_bytes))
             written = await asyncio.gather(*(transfer.done for transfer in transfers))
             moved_bytes = size_bytes
-            await disk.transfers.submit(Priority.WRITE, partial(disk.volume.flush, epoch)).done
+            await disk.transfers.submit(Priority.WRITE, partial(self._flush, disk, epoch)).done
         except OSError as error:
-            disk.fail(str(error))
+            disk.health.refuse_writes(str(error))
             raise
         finally:
             # Nobody may free the slots or extents while a thread still writes from one to the other.
             await asyncio.gather(*(transfer.done for transfer in transfers), return_exceptions=True)
             disk.writes.ended(size_bytes, moved_bytes, time.monotonic())
         return [checksum for group in written for checksum in group]
+
+    @staticmethod
+    def _flush(disk: Disk, epoch: int) -> None:
+        """In a thread."""
+        with disk.health.working(0):
+            disk.volume.flush(epoch)
 
     def _write_group(self, disk: Disk, namespace: Namespace, group: Sequence[_Block]) -> list[int]:
         """In a thread."""
@@ -262,7 +301,8 @@ class WriteBehind:
                 checksum = checksum_of(memory[:size_bytes]) if known is None else known
                 jobs.append(WriteJob(self._disks.local(block.extent), block.block_hash, memory, checksum))
             disk.throttle.wait(sum(len(job.memory) for job in jobs))
-            disk.volume.write(namespace.spec, jobs)
+            with disk.health.working(0):
+                disk.volume.write(namespace.spec, jobs)
         return [job.checksum for job in jobs]
 
     def _file(self, namespace: Namespace, blocks: Sequence[_Block], checksums: Sequence[int]) -> None:
@@ -291,3 +331,20 @@ def _distinct(rows: Rows) -> Rows:
     _, from_the_end = np.unique(rows[::-1], return_index=True)
     distinct: Rows = rows[np.sort(len(rows) - 1 - from_the_end)]
     return distinct
+
+
+def _ranked(namespace: Namespace, rows: Rows) -> list[tuple[float, float, int, int]]:
+    """Dirty rows as (order of the first request that waits, minus time of last use, depth, row), the best first.
+
+    A block is worth as much as the best one behind it, and comes before that: without it nothing behind it is found.
+    """
+    index = namespace.index
+    rows = rows[index.dirty[rows]]
+    orders = dict(zip(rows.tolist(), namespace.window.order_of(rows).tolist(), strict=True))
+    unused_s = dict(zip(rows.tolist(), (-index.last_used_s[rows]).tolist(), strict=True))
+    for row in rows[np.argsort(-index.depth[rows], kind="stable")].tolist():
+        parent = int(index.parent[row])
+        if parent in orders:
+            orders[parent] = min(orders[parent], orders[row])
+            unused_s[parent] = min(unused_s[parent], unused_s[row])
+    return sorted((orders[row], unused_s[row], int(index.depth[row]), row) for row in orders)

@@ -92,7 +92,7 @@ def test_a_full_disk_is_shared_and_nobody_who_has_less_gives(tmp_path: Path) -> 
     async def scenario() -> None:
         specs = [spec_of("first"), spec_of("second"), spec_of("third")]
         capacity = JOURNAL_BYTES + 6 * SEGMENT_BYTES
-        knobs = {"nvme_bytes": capacity, "dram_bytes": 48 * PAGE_BYTES}
+        knobs: dict[str, Any] = {"nvme_bytes": capacity, "dram_bytes": 48 * PAGE_BYTES}
         async with running(tmp_path, specs=specs, **knobs) as node:
             await fill(node, "first", 2 + 6 * SEGMENT_EXTENTS // 8)
             volume = node.store.disks.disks[0].volume
@@ -232,11 +232,11 @@ def test_what_was_forgotten_while_the_disk_was_offline_for_long_stays_forgotten(
             await node.engine.save(chain(f"c{number}", 6), session_id=f"s{number}")
         await node.flush()
         disk = node.store.disks.disks[0]
-        disk.fail("the test says so")
+        disk.health.fail("the test says so")
         assert node.store.forget_session(node.engine.peer, 1, "s0").dropped == 6
         for _ in range(100):
             assert await node.load(chain("c1", 6)) == 6
-        disk.come_back()
+        disk.health.come_back()
         await node.store.durability.record()
         await node.crash()
         await node.start()

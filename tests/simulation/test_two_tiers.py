@@ -18,7 +18,6 @@ from kvservice.blocks import DropReason
 from kvservice.errors import CapacityExhausted
 from kvservice.queues import Entry, QueueDelta, QueueSnapshot
 from kvservice.store import explain
-from kvservice.store.disks import DiskState
 from kvservice.store.outcomes import Held, Miss
 from tests.nodes import Node, disk_bytes, running
 from tests.stores import chain, content_of, spec_of
@@ -88,10 +87,10 @@ def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_
             case "damage":
                 damage(tmp_path, chance)
             case "offline":
-                node.store.disks.disks[0].fail("the test says so")
+                node.store.disks.disks[0].health.fail("the test says so")
                 for name in sorted(lengths)[:3]:
                     await node.load(chain(name, lengths[name]))
-                node.store.disks.disks[0].state = DiskState.ONLINE
+                node.store.disks.disks[0].health.come_back()
         await node.quiet()
         node.store.check()
 
@@ -181,13 +180,13 @@ def test_an_offline_disk_is_misses_with_a_reason_while_dram_serves(tmp_path: Pat
             for number in range(4):
                 await node.engine.save(chain(f"c{number}", 6))
                 await node.flush()
-            node.store.disks.disks[0].fail("the test says so")
+            node.store.disks.disks[0].health.fail("the test says so")
             granted = await node.get(chain("c0", 6))
             assert (len(granted.slots), granted.miss) == (0, Miss.TIER_OFFLINE)
             assert node.engine.lookup(chain("c0", 6)).miss is Miss.TIER_OFFLINE
             assert await node.load(chain("c3", 6)) == 6
             assert node.store.tiers()[1][1].state.startswith("offline")
-            node.store.disks.disks[0].state = DiskState.ONLINE
+            node.store.disks.disks[0].health.come_back()
             assert await node.load(chain("c0", 6)) == 6
 
     asyncio.run(scenario())

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvservice.blocks import NamespaceKey, NamespaceSpec, Tenant
 from kvservice.metrics import Metrics
 from kvservice.service.block_requests import BlockRequests, RequestedBlocks
+from kvservice.store import Counters
 from kvservice.store.outcomes import Granted, Miss
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
@@ -29,7 +30,9 @@ def granted(slots: int, *, nvme: int, missed: int) -> Granted:
     """An answer of the store; what is on NVMe only is pending."""
     pool: Any = SimpleNamespace(stride_bytes=4096)
     pending: Mapping[int, Any] = {position: object() for position in range(slots - nvme, slots)}
-    return Granted(1, 30.0, pool, range(slots), np.arange(slots, dtype=np.int32), pending, nvme, missed, Miss.NOT_HELD)
+    from_nvme = np.arange(slots) >= slots - nvme
+    numbers = np.arange(slots, dtype=np.int32)
+    return Granted(1, 30.0, pool, range(slots), numbers, pending, from_nvme, missed, Miss.NOT_HELD)
 
 
 def requests() -> BlockRequests:
@@ -57,8 +60,16 @@ def response(handed_out: int = 0, **misses: int) -> pb.GetResponse:
     return answer
 
 
-def follow(of: BlockRequests, what: Granted) -> RequestedBlocks:
-    return RequestedBlocks(of, what, SPEC, instance_id=3, started_s=0.0)
+def follow(of: BlockRequests, what: Granted, counters: Counters | None = None) -> RequestedBlocks:
+    """The blocks of a Get; `counters` are its namespace's, and take them for hits as the store does."""
+    counters = counters or Counters()
+    nvme = int(what.from_nvme.sum())
+    counters.requested += len(what.slots) + what.missed
+    counters.dram_hits += len(what.slots) - nvme
+    counters.nvme_hits += nvme
+    counters.misses += what.missed
+    namespace: Any = SimpleNamespace(spec=SPEC, counters=counters)
+    return RequestedBlocks(of, what, namespace, instance_id=3, started_s=0.0)
 
 
 def test_hits_are_counted_by_tier_and_misses_by_reason() -> None:
@@ -101,16 +112,29 @@ def test_a_read_that_fails_is_not_counted_as_a_hit_as_well() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 30)), max_size=8))
 def test_outcomes_sum_to_what_was_asked(gets: list[tuple[int, int, int, int]]) -> None:
-    of = requests()
+    of, counters = requests(), Counters()
     asked = 0
     for dram, nvme, missed, answered in gets:
         slots = dram + nvme
-        with follow(of, granted(slots, nvme=nvme, missed=missed)) as requested:
+        with follow(of, granted(slots, nvme=nvme, missed=missed), counters) as requested:
             handed_out = min(answered, slots)
             requested.answered(response(handed_out, over_limit=min(answered - handed_out, missed)))
         asked += slots + missed
     assert of.counts().requested == total(of) == asked
     assert of.counts().dram + of.counts().nvme + of.counts().missed == asked
+    # A namespace's own counters say the same, whatever was taken for a hit before it had landed.
+    assert (counters.dram_hits, counters.nvme_hits) == (of.counts().dram, of.counts().nvme)
+    assert counters.dram_hits + counters.nvme_hits + counters.misses == counters.requested == asked
+
+
+def test_a_block_in_dram_behind_one_on_nvme_counts_for_its_own_tier() -> None:
+    of, counters = requests(), Counters()
+    what = granted(4, nvme=0, missed=0)
+    what.from_nvme[:] = [False, True, True, False]
+    with follow(of, what, counters) as requested:
+        requested.answered(response(3, tier_offline=1))
+    assert (of.counts().dram, of.counts().nvme, of.counts().missed) == (1, 2, 1)
+    assert (counters.dram_hits, counters.nvme_hits, counters.misses) == (1, 2, 1)
 
 
 def test_savings_are_tokens_times_what_they_cost() -> None:
