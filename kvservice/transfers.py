@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from enum import IntEnum
 from typing import Generic, TypeVar
 
 from kvservice.errors import Overloaded
+from kvservice.tiers import Depth
 
 Result = TypeVar("Result")
 
@@ -129,6 +131,15 @@ class TransferQueue:
         transfer.done.cancel()
         self._waiting -= 1
         return True
+
+    def depths(self) -> dict[Priority, Depth]:
+        """How many transfers of each priority wait and run. For any thread; O(waiting)."""
+        queued = {id(transfer): transfer for *_, transfer in list(self._heap)}.values()
+        waiting = Counter(
+            transfer.priority for transfer in queued if not transfer.is_started and not transfer.done.done()
+        )
+        running = Counter(transfer.priority for transfer in list(self._started))
+        return {priority: Depth(waiting[priority], running[priority]) for priority in Priority}
 
     def fail_waiting(self, error: BaseException) -> None:
         """The device does not work: everything that has not started ends with this error."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -18,12 +18,17 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 def totals(stats: pb.StatsResponse) -> Group:
     """What the daemon holds, and what happened since it started."""
-    return Group(_headline(stats), "", _tiers(stats), "", _namespace_totals(stats), "", _instances(stats))
+    return _stacked(_headline(stats), _tiers(stats), *_disks(stats), _namespace_totals(stats), _instances(stats))
 
 
 def activity(stats: pb.StatsResponse, rates: Mapping[NamespaceKey, NamespaceRates]) -> Group:
     """What the daemon holds, and what happens now; "-" where `rates` has nothing for a namespace."""
-    return Group(_headline(stats), "", _tiers(stats), "", _namespace_rates(stats, rates), "", _instances(stats))
+    return _stacked(_headline(stats), _tiers(stats), *_disks(stats), _namespace_rates(stats, rates), _instances(stats))
+
+
+def _stacked(*parts: RenderableType) -> Group:
+    """With an empty line between."""
+    return Group(parts[0], *(line for part in parts[1:] for line in ("", part)))
 
 
 def _headline(stats: pb.StatsResponse) -> Text:
@@ -56,10 +61,54 @@ def _tiers(stats: pb.StatsResponse) -> Table:
     return table
 
 
+def _disks(stats: pb.StatsResponse) -> list[Table]:
+    """One line for each NVMe directory; nothing without the tier."""
+    disks = [disk for tier in stats.tiers for disk in tier.disks]
+    if not disks:
+        return []
+    columns = ("Full", "Read", "Stored", "Written", "per byte", "Drive writes/day", "now", "Bad", "Waiting", "Running")
+    table = _table(("Directory", "State"), columns)
+    for disk in disks:
+        table.add_row(
+            Text(foreign(disk.directory), overflow="ellipsis"),
+            Text(foreign(disk.state), style="" if disk.state == "online" else "bold red"),
+            share(disk.used_bytes, disk.capacity_bytes),
+            size(disk.read_bytes),
+            size(disk.admitted_bytes),
+            size(disk.written_bytes),
+            f"{disk.write_amplification:.2f}" if disk.admitted_bytes else "-",
+            f"{disk.writes_per_day:.2f}",
+            f"{disk.writes_per_day_lately:.2f}",
+            f"{disk.checksum_failures:,}",
+            _depths(disk, lambda depth: depth.waiting),
+            _depths(disk, lambda depth: depth.running),
+        )
+    return [table]
+
+
+def _depths(disk: pb.DiskStats, count_of: Callable[[pb.TransferDepth], int]) -> str:
+    """Transfers by priority, those with any: "3 get, 12 write"."""
+    some = [f"{count_of(depth):,} {foreign(depth.priority)}" for depth in disk.transfers if count_of(depth)]
+    return ", ".join(some) or "-"
+
+
 def _namespace_totals(stats: pb.StatsResponse) -> Table:
     table = _table(
         ("Namespace", "Tenant", "Policy"),
-        ("Block", "Blocks", "Memory", "Quota", "Sessions", "Asked", "Hit", "of it NVMe", "Saved", "Evicted"),
+        (
+            "Block",
+            "Blocks",
+            "Memory",
+            "Quota",
+            "NVMe",
+            "Quota",
+            "Sessions",
+            "Asked",
+            "Hit",
+            "of it NVMe",
+            "Saved",
+            "Evicted",
+        ),
     )
     for namespace in stats.namespaces:
         hits = namespace.dram_hit_blocks + namespace.nvme_hit_blocks
@@ -70,6 +119,8 @@ def _namespace_totals(stats: pb.StatsResponse) -> Table:
             f"{namespace.blocks:,}",
             size(namespace.dram_bytes),
             size(namespace.quota_bytes) if namespace.quota_bytes else "none",
+            size(namespace.nvme_bytes),
+            size(namespace.nvme_quota_bytes) if namespace.nvme_quota_bytes else "none",
             f"{namespace.sessions:,}",
             f"{namespace.requested_blocks:,}",
             share(hits, namespace.requested_blocks),

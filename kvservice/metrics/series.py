@@ -28,10 +28,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvservice.blocks import DropReason, Tier
+from kvservice.metrics.disks import disk_families
 from kvservice.metrics.gpu_copies import GpuCopies
 from kvservice.metrics.latency import Evictions, Operations
 from kvservice.metrics.prefetching import Prefetches
 from kvservice.metrics.savings import Savings
+from kvservice.tiers import DiskUsage
 
 Key = TypeVar("Key")
 
@@ -78,6 +80,7 @@ class Snapshot:
     eviction_window_requests: int = 0
     prefetch_window_blocks: int = 0
     prefetch_window_dram_blocks: int = 0
+    disks: Sequence[DiskUsage] = ()
 
 
 _GAUGES: Mapping[str, str] = {
@@ -260,7 +263,7 @@ class _StateCollector(Collector):
             (_LAG, _LAG_ABOUT),
             *_TIER_GAUGES,
         ]
-        return [GaugeMetricFamily(name, about) for name, about in families]
+        return [*(GaugeMetricFamily(name, about) for name, about in families), *disk_families(())]
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._read()
@@ -273,6 +276,7 @@ class _StateCollector(Collector):
             used.add_metric((tier.tier.value,), tier.used_bytes)
             online.add_metric((tier.tier.value,), float(tier.online))
         yield from (capacity, used, online)
+        yield from disk_families(snapshot.disks)
 
 
 def _bind(keys: Iterable[Key], bind: Callable[[Key], Counter]) -> Mapping[Key, Counter]:

@@ -120,6 +120,7 @@ class Daemon:
             eviction_window_requests=sum(min(one.windows.eviction, len(one.waiting)) for one in ahead),
             prefetch_window_blocks=sum(one.needed_blocks for one in ahead),
             prefetch_window_dram_blocks=sum(one.dram_blocks for one in ahead),
+            disks=[disk.usage() for disk in store.disks.disks],
         )
 
     async def drain(self) -> None:

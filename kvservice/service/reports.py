@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kvservice import __version__
-from kvservice.blocks import DropReason, Tenant
+from kvservice.blocks import DropReason, Tenant, Tier
 from kvservice.leases import HoldKind
 from kvservice.service.messages import TIERS
 from kvservice.store import Namespace, Peer, Store
+from kvservice.tiers import DiskUsage
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _EVICTIONS = (DropReason.CAPACITY, DropReason.QUOTA, DropReason.RECLAIMED)
@@ -33,11 +34,12 @@ def stats(
                 state=usage.state,
                 capacity_bytes=usage.capacity_bytes,
                 used_bytes=usage.used_bytes,
+                disks=[_disk_stats(disk.usage()) for disk in store.disks.disks] if tier is Tier.NVME else [],
             )
             for tier, usage in store.tiers()
         ],
         namespaces=[
-            _namespace_stats(namespace)
+            _namespace_stats(store, namespace)
             for namespace in store.namespaces.values()
             if namespace.spec.key.tenant == tenant
         ],
@@ -59,7 +61,31 @@ def stats(
     )
 
 
-def _namespace_stats(namespace: Namespace) -> pb.NamespaceStats:
+def _disk_stats(disk: DiskUsage) -> pb.DiskStats:
+    return pb.DiskStats(
+        directory=disk.directory,
+        state=disk.state,
+        why=disk.why,
+        capacity_bytes=disk.capacity_bytes,
+        used_bytes=disk.used_bytes,
+        device_bytes=disk.device_bytes,
+        read_bytes=disk.read_bytes,
+        read_s=disk.read_s,
+        admitted_bytes=disk.admitted_bytes,
+        write_s=disk.write_s,
+        written_bytes=disk.written_bytes,
+        write_amplification=disk.write_amplification,
+        checksum_failures=disk.checksum_failures,
+        writes_per_day=disk.writes_per_day,
+        writes_per_day_lately=disk.writes_per_day_lately,
+        transfers=[
+            pb.TransferDepth(priority=priority, waiting=depth.waiting, running=depth.running)
+            for priority, depth in disk.depths.items()
+        ],
+    )
+
+
+def _namespace_stats(store: Store, namespace: Namespace) -> pb.NamespaceStats:
     spec, counters = namespace.spec, namespace.counters
     return pb.NamespaceStats(
         label=spec.label,
@@ -79,6 +105,10 @@ def _namespace_stats(namespace: Namespace) -> pb.NamespaceStats:
         committed_blocks=counters.committed,
         evicted_blocks=sum(counters.dropped.get(reason, 0) for reason in _EVICTIONS),
         policy=namespace.policy.name,
+        nvme_bytes=store.disk_space.held_bytes(namespace),
+        nvme_quota_bytes=namespace.rule.nvme_quota_bytes,
+        ttl_s=namespace.rule.ttl_s,
+        expired_blocks=counters.dropped.get(DropReason.EXPIRED, 0),
         aliases=len(namespace.aliases),
         shifted_hit_blocks=counters.shifted_hits,
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -13,9 +16,10 @@ import numpy as np
 from kvservice.blocks import NamespaceSpec, Tier
 from kvservice.errors import CapacityExhausted
 from kvservice.lookahead import Throughput
-from kvservice.nvme import PLACE_BITS, Throttle, Volume
+from kvservice.nvme import PLACE_BITS, CountedFiles, Throttle, Volume
 from kvservice.store.disk_health import Health
-from kvservice.tiers import TierUsage
+from kvservice.store.disk_wear import Wear
+from kvservice.tiers import DiskUsage, TierUsage
 from kvservice.transfers import Priority, TransferQueue
 
 Result = TypeVar("Result")
@@ -33,18 +37,40 @@ async def in_thread(work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
+@dataclass(slots=True)
+class Moved:
+    """What went to and fro since the start."""
+
+    read_bytes: int = 0
+    read_s: float = 0.0
+    admitted_bytes: int = 0
+    """Of blocks written and recorded."""
+    write_s: float = 0.0
+    checksum_failures: int = 0
+
+
 class Disk:
     """One volume, its queue, and how it is doing. The event loop owns it."""
 
-    def __init__(self, volume: Volume, *, depth: int, waiting_max: int, bytes_per_s_max: int = 0) -> None:
-        """Args:
-        depth: calls that the device gets side by side.
-        waiting_max: bound on transfers that have not started.
-        bytes_per_s_max: bound on its bandwidth; 0: none.
+    def __init__(
+        self, volume: Volume, files: CountedFiles, *, depth: int, waiting_max: int, bytes_per_s_max: int = 0
+    ) -> None:
+        """Blocks for a moment.
+
+        Args:
+            files: what the volume stands on.
+            depth: calls that the device gets side by side.
+            waiting_max: bound on transfers that have not started.
+            bytes_per_s_max: bound on its bandwidth; 0: none.
         """
         threads = depth + _VERIFYING_THREADS
         self.volume = volume
         self.health = Health(volume.directory)
+        self.moved = Moved()
+        self.files = files
+        status = os.statvfs(volume.directory)
+        self._device_bytes = status.f_blocks * status.f_frsize
+        self._wear = Wear(self._device_bytes, time.monotonic())
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="nvme")
         self.transfers = TransferQueue(self._executor, depth=threads, waiting_max=waiting_max)
         self.throttle = Throttle(bytes_per_s_max)
@@ -61,6 +87,31 @@ class Disk:
         """How long a Get that comes now waits for its turn; 0.0 where the rate is unknown."""
         rate = self.read_bytes_per_s
         return self.transfers.bytes_before(Priority.GET) / rate if rate else 0.0
+
+    def note_wear(self) -> None:
+        """To be called every now and then."""
+        self._wear.note(self.files.written_bytes, time.monotonic())
+
+    def usage(self) -> DiskUsage:
+        """How full, busy and worn it is. For any thread."""
+        usage, moved, written_bytes, now_s = self.volume.usage(), self.moved, self.files.written_bytes, time.monotonic()
+        return DiskUsage(
+            directory=self.volume.directory,
+            state=self.health.state.value,
+            why=self.health.why,
+            capacity_bytes=usage.capacity_bytes,
+            used_bytes=usage.used_bytes,
+            device_bytes=self._device_bytes,
+            read_bytes=moved.read_bytes,
+            read_s=moved.read_s,
+            written_bytes=written_bytes,
+            admitted_bytes=moved.admitted_bytes,
+            write_s=moved.write_s,
+            checksum_failures=moved.checksum_failures,
+            writes_per_day=self._wear.per_day(written_bytes, now_s),
+            writes_per_day_lately=self._wear.per_day_lately(written_bytes, now_s),
+            depths={priority.name.lower(): depth for priority, depth in self.transfers.depths().items()},
+        )
 
     async def came_back(self) -> bool:
         """Try a disk that failed, if it is time and its directory is in its place; whether it works again."""

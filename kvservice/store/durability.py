@@ -12,7 +12,7 @@ from kvservice.blocks import NO_EXTENT, NO_SLOT, DropReason
 from kvservice.config import Config
 from kvservice.errors import StartupError
 from kvservice.logs import event_log
-from kvservice.nvme import Files, Volume
+from kvservice.nvme import CountedFiles, Files, Volume
 from kvservice.store import recovery
 from kvservice.store.disk_health import Place
 from kvservice.store.disks import Disk, Disks, in_thread
@@ -56,13 +56,16 @@ class Durability:
     async def open(self) -> None:
         """Lock and open the NVMe directories; `recover` makes them usable. Raises StartupError."""
         for directory in filter(None, self._config.nvme_dirs.split(":")):
-            disk = Disk(
-                await self._volume(directory),
-                depth=self._config.nvme_queue_depth,
-                waiting_max=self._config.nvme_waiting_max,
-                bytes_per_s_max=self._config.nvme_bytes_per_s_max,
+            files = CountedFiles(self._files)
+            self._disks.disks.append(
+                Disk(
+                    await self._volume(directory, files),
+                    files,
+                    depth=self._config.nvme_queue_depth,
+                    waiting_max=self._config.nvme_waiting_max,
+                    bytes_per_s_max=self._config.nvme_bytes_per_s_max,
+                )
             )
-            self._disks.disks.append(disk)
 
     async def recover(self) -> None:
         """Find again what the disks hold; DRAM serves meanwhile."""
@@ -87,6 +90,7 @@ class Durability:
     async def keep_up(self) -> None:
         """One round: disks that fail or came back, records that wait, checkpoints."""
         for disk in self._disks.disks:
+            disk.note_wear()
             disk.health.watch()
             if disk.health.can_read:
                 await self._look_after(disk)
@@ -98,7 +102,7 @@ class Durability:
             self._journal_at_s = self._clock() + _JOURNAL_INTERVAL_S
             await self._journal.append_all()
 
-    async def _volume(self, directory: str) -> Volume:
+    async def _volume(self, directory: str, files: Files) -> Volume:
         config = self._config
         opening = partial(
             Volume.open,
@@ -106,7 +110,7 @@ class Durability:
             capacity_bytes=config.nvme_bytes,
             segment_bytes=config.nvme_segment_bytes,
             calls_at_once=config.nvme_queue_depth,
-            files=self._files,
+            files=files,
         )
         return await asyncio.get_running_loop().run_in_executor(None, opening)
 
@@ -173,7 +177,7 @@ class Durability:
         await self._forget(disk)
         try:
             if place is Place.ANOTHER:
-                old = disk.replace(await self._volume(disk.volume.directory))
+                old = disk.replace(await self._volume(disk.volume.directory, disk.files))
                 await in_thread(old.close)
                 await in_thread(disk.health.look)
             is_alone = all(

@@ -158,6 +158,9 @@ class Promotion:
             else:
                 read = future.result()
                 disk.health.took(read.seconds, len(rows) * size_bytes)
+                disk.moved.read_s += read.seconds
+                disk.moved.read_bytes += read.landings.count(Landing.OK) * size_bytes
+                disk.moved.checksum_failures += read.landings.count(Landing.CORRUPT)
                 self._metrics.nvme_read_seconds.inc(read.seconds)
                 if priority is Priority.PREFETCH:
                     self._metrics.operations.prefetch.observe(self._clock() - submitted_at_s)

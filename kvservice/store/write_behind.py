@@ -215,7 +215,10 @@ class WriteBehind:
             blocks = self._blocks(namespace, rows[chosen], slots[chosen], extents)
             started_s = time.monotonic()
             checksums = await self._write_payloads(disk, namespace, blocks)
-            self._metrics.nvme_written_seconds.inc(time.monotonic() - started_s)
+            write_s = time.monotonic() - started_s
+            self._metrics.nvme_written_seconds.inc(write_s)
+            disk.moved.write_s += write_s
+            disk.moved.admitted_bytes += len(blocks) * namespace.spec.block_size_bytes
             self._file(namespace, blocks, checksums)
             extents = []
             await self._journal.append(disk)

@@ -206,6 +206,46 @@ def test_totals_show_tiers_namespaces_and_instances() -> None:
     assert "4242" in instance
 
 
+def test_each_nvme_directory_has_a_line_of_its_own() -> None:
+    stats = response()
+    disk = pb.DiskStats(
+        directory="/nvme/[bold]a",
+        state="read-only",
+        capacity_bytes=100 << 30,
+        used_bytes=25 << 30,
+        read_bytes=7 << 30,
+        admitted_bytes=10 << 30,
+        written_bytes=11 << 30,
+        write_amplification=1.1,
+        writes_per_day=0.5,
+        writes_per_day_lately=2.25,
+        checksum_failures=3,
+        transfers=[
+            pb.TransferDepth(priority="get", waiting=4, running=2),
+            pb.TransferDepth(priority="prefetch"),
+            pb.TransferDepth(priority="write", waiting=1_200),
+        ],
+    )
+    stats.tiers.add(tier=pb.TIER_NVME, state="read-only: full", capacity_bytes=100 << 30, disks=[disk])
+    for panel in (panels.totals(stats), panels.activity(stats, {})):
+        (line,) = (line for line in rendered(panel).splitlines() if "/nvme/" in line)
+        for shown in (
+            "/nvme/[bold]a",
+            "read-only",
+            "25.0 %",
+            "7.0 GiB",
+            "10.0 GiB",
+            "11.0 GiB",
+            "1.10",
+            "0.50",
+            "2.25",
+            " 3 ",
+        ):
+            assert shown in line, (shown, line)
+        assert "4 get, 1,200 write" in line
+        assert "2 get" in line
+
+
 def test_an_empty_daemon_says_so() -> None:
     text = rendered(panels.totals(pb.StatsResponse(state="serving")))
     assert "no engine has attached" in text
@@ -246,7 +286,9 @@ def test_messages_become_plain_objects_with_every_field() -> None:
     assert isinstance(namespaces, list)
     assert namespaces[0]["fingerprint"] == "66" * 16
     assert namespaces[0]["nvme_hit_blocks"] == 0
-    assert plain["tiers"] == [{"tier": "dram", "state": "online", "capacity_bytes": 4 << 30, "used_bytes": 1 << 30}]
+    assert plain["tiers"] == [
+        {"tier": "dram", "state": "online", "capacity_bytes": 4 << 30, "used_bytes": 1 << 30, "disks": []}
+    ]
     assert json.loads(json.dumps(plain)) == plain
 
 

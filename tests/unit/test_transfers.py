@@ -1,88 +1,129 @@
-"""transfers: the most urgent first, in the order that the queue has now, and what is before one."""
+"""The queue of one device: the most urgent first, bounded, nothing lost, its depth told by priority."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from kvservice.nvme import Throttle
-from kvservice.transfers import Priority, TransferQueue
+from kvservice.errors import Overloaded
+from kvservice.tiers import Depth
+from kvservice.transfers import Priority, Transfer, TransferQueue
 
 pytestmark = pytest.mark.unit
 
 
-def run_behind_a_gate(arrange: Callable[[TransferQueue, Callable[[str], Callable[[], None]]], None]) -> list[str]:
-    """What ran in which order on a device of depth one that is busy while `arrange` submits."""
-    ran: list[str] = []
-    gate = threading.Event()
+class Device:
+    """One thread that works behind a gate, and the order in which it worked."""
 
-    async def scenario() -> None:
-        with ThreadPoolExecutor(1) as executor:
-            queue = TransferQueue(executor, depth=1, waiting_max=100)
-            queue.submit(Priority.GET, gate.wait, size_bytes=1)
-            arrange(queue, lambda name: lambda: ran.append(name))
-            last = queue.submit(Priority.WRITE, lambda: None, urgency=1e9)
-            gate.set()
-            await last.done
-            await queue.close()
+    def __init__(self, executor: ThreadPoolExecutor, *, waiting_max: int = 100) -> None:
+        self.queue = TransferQueue(executor, depth=1, waiting_max=waiting_max)
+        self.gate = threading.Event()
+        self.done: list[str] = []
+        self.first = self.submit("first", Priority.WRITE)  # stands at the gate: everything else waits
 
-    asyncio.run(scenario())
-    return ran
+    def submit(self, name: str, priority: Priority) -> Transfer[str]:
+        def work() -> str:
+            assert self.gate.wait(10)
+            self.done.append(name)
+            return name
 
-
-def test_urgency_orders_waiting_transfers_of_one_priority() -> None:
-    def arrange(queue: TransferQueue, named: Callable[[str], Callable[[], None]]) -> None:
-        queue.submit(Priority.PREFETCH, named("second"), urgency=2.0)
-        queue.submit(Priority.PREFETCH, named("third"), urgency=2.0)
-        queue.submit(Priority.PREFETCH, named("first"), urgency=-1.0)
-        queue.submit(Priority.GET, named("get"), urgency=99.0)
-
-    assert run_behind_a_gate(arrange) == ["get", "first", "second", "third"]
+        return self.queue.submit(priority, work)
 
 
-def test_a_reordered_transfer_runs_once_in_its_new_place() -> None:
-    def arrange(queue: TransferQueue, named: Callable[[str], Callable[[], None]]) -> None:
-        first = queue.submit(Priority.PREFETCH, named("was first"), urgency=1.0)
-        queue.submit(Priority.PREFETCH, named("was second"), urgency=2.0)
-        third = queue.submit(Priority.PREFETCH, named("was third"), urgency=3.0)
-        queue.reorder(first, 5.0)
-        queue.reorder(third, 0.0)
-        queue.reorder(third, 4.0)
+def on_device(scenario: Callable[[Device], Coroutine[Any, Any, None]], **knobs: int) -> None:
+    async def run(executor: ThreadPoolExecutor) -> None:
+        device = Device(executor, **knobs)
+        try:
+            await scenario(device)
+        finally:
+            device.gate.set()
+            await device.queue.close()
 
-    assert run_behind_a_gate(arrange) == ["was second", "was third", "was first"]
-
-
-def test_what_a_transfer_waits_behind() -> None:
-    def arrange(queue: TransferQueue, named: Callable[[str], Callable[[], None]]) -> None:
-        queue.submit(Priority.GET, named("get"), size_bytes=10)
-        hurried = queue.submit(Priority.PREFETCH, named("hurried"), size_bytes=100)
-        gone = queue.submit(Priority.PREFETCH, named("gone"), size_bytes=1000)
-        queue.submit(Priority.WRITE, named("write"), size_bytes=10_000)
-        queue.hurry(hurried, Priority.GET)
-        assert queue.bytes_before(Priority.GET) == 111, "what runs, and each once"
-        assert queue.bytes_before(Priority.PREFETCH) == 1111
-        queue.cancel(gone)
-        assert queue.bytes_before(Priority.PREFETCH) == 111
-
-    assert run_behind_a_gate(arrange) == ["get", "hurried", "write"]
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.run(run(executor))
 
 
-def test_a_throttle_bounds_all_threads_together() -> None:
-    throttle = Throttle(10_000_000)
-    threads = [threading.Thread(target=throttle.wait, args=(500_000,)) for _ in range(6)]
-    started_s = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    # Less a burst of 50 ms; how much longer depends on the machine.
-    assert time.monotonic() - started_s >= 0.25
+def test_a_get_overtakes_a_prefetch_which_overtakes_write_behind() -> None:
+    async def scenario(device: Device) -> None:
+        names = ("write 1", "prefetch 1", "get 1", "write 2", "prefetch 2", "get 2")
+        waiting = [device.submit(name, Priority[name.split()[0].upper()]) for name in names]
+        device.gate.set()
+        await asyncio.gather(*(transfer.done for transfer in waiting))
+        expected = ["get 1", "get 2", "prefetch 1", "prefetch 2", "write 1", "write 2"]
+        assert device.done == ["first", *expected]
+
+    on_device(scenario)
 
 
-def test_no_bound_waits_for_nothing() -> None:
-    Throttle(0).wait(1 << 60)
+def test_a_prefetch_that_a_get_joins_becomes_as_urgent_and_runs_once() -> None:
+    async def scenario(device: Device) -> None:
+        prefetch = device.submit("prefetch", Priority.PREFETCH)
+        get = device.submit("get", Priority.GET)
+        joined = device.submit("joined", Priority.PREFETCH)
+        device.queue.hurry(joined, Priority.GET)
+        device.gate.set()
+        await asyncio.gather(prefetch.done, get.done, joined.done)
+        assert device.done == ["first", "get", "joined", "prefetch"]
+
+    on_device(scenario)
+
+
+def test_what_has_not_started_can_be_cancelled_and_is_never_run() -> None:
+    async def scenario(device: Device) -> None:
+        cancelled, kept = device.submit("cancelled", Priority.GET), device.submit("kept", Priority.WRITE)
+        assert device.queue.cancel(cancelled)
+        assert not device.queue.cancel(cancelled)
+        assert not device.queue.cancel(device.first), "it runs"
+        assert device.queue.waiting == 1
+        device.gate.set()
+        assert await kept.done == "kept"
+        assert cancelled.done.cancelled()
+        assert device.done == ["first", "kept"]
+
+    on_device(scenario)
+
+
+def test_no_more_may_wait_than_the_bound() -> None:
+    async def scenario(device: Device) -> None:
+        for name in ("a", "b"):
+            device.submit(name, Priority.GET)
+        with pytest.raises(Overloaded, match="2 transfers are waiting"):
+            device.submit("c", Priority.GET)
+
+    on_device(scenario, waiting_max=2)
+
+
+def test_its_depth_is_told_by_priority() -> None:
+    async def scenario(device: Device) -> None:
+        device.submit("a", Priority.GET)
+        hurried = device.submit("b", Priority.PREFETCH)
+        device.queue.hurry(hurried, Priority.GET)
+        device.queue.cancel(device.submit("c", Priority.PREFETCH))
+        device.submit("d", Priority.PREFETCH)
+        assert device.queue.depths() == {
+            Priority.GET: Depth(waiting=2, running=0),
+            Priority.PREFETCH: Depth(waiting=1, running=0),
+            Priority.WRITE: Depth(waiting=0, running=1),
+        }
+
+    on_device(scenario)
+
+
+def test_a_device_that_fails_ends_everything_that_waits_at_once() -> None:
+    async def scenario(device: Device) -> None:
+        waiting = [device.submit(str(number), Priority.GET) for number in range(3)]
+        device.queue.fail_waiting(OSError("broken"))
+        for transfer in waiting:
+            with pytest.raises(OSError, match="broken"):
+                await transfer.done
+        assert device.queue.waiting == 0
+        device.gate.set()
+        assert await device.first.done == "first"
+        assert await device.submit("later", Priority.GET).done == "later"
+
+    on_device(scenario)

@@ -819,19 +819,67 @@ class StatsResponse(_message.Message):
     def __init__(self, daemon_version: _Optional[str] = ..., daemon_epoch: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., planes: _Optional[str] = ..., instances: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., attached_instances: _Optional[_Iterable[_Union[InstanceStats, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceStats, _Mapping]]] = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("tier", "state", "capacity_bytes", "used_bytes")
+    __slots__ = ("tier", "state", "capacity_bytes", "used_bytes", "disks")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISKS_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     state: str
     capacity_bytes: int
     used_bytes: int
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
+    disks: _containers.RepeatedCompositeFieldContainer[DiskStats]
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., disks: _Optional[_Iterable[_Union[DiskStats, _Mapping]]] = ...) -> None: ...
+
+class DiskStats(_message.Message):
+    __slots__ = ("directory", "state", "why", "capacity_bytes", "used_bytes", "device_bytes", "read_bytes", "read_s", "admitted_bytes", "write_s", "written_bytes", "write_amplification", "checksum_failures", "writes_per_day", "writes_per_day_lately", "transfers")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_S_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_S_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_AMPLIFICATION_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    WRITES_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    WRITES_PER_DAY_LATELY_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    state: str
+    why: str
+    capacity_bytes: int
+    used_bytes: int
+    device_bytes: int
+    read_bytes: int
+    read_s: float
+    admitted_bytes: int
+    write_s: float
+    written_bytes: int
+    write_amplification: float
+    checksum_failures: int
+    writes_per_day: float
+    writes_per_day_lately: float
+    transfers: _containers.RepeatedCompositeFieldContainer[TransferDepth]
+    def __init__(self, directory: _Optional[str] = ..., state: _Optional[str] = ..., why: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., read_s: _Optional[float] = ..., admitted_bytes: _Optional[int] = ..., write_s: _Optional[float] = ..., written_bytes: _Optional[int] = ..., write_amplification: _Optional[float] = ..., checksum_failures: _Optional[int] = ..., writes_per_day: _Optional[float] = ..., writes_per_day_lately: _Optional[float] = ..., transfers: _Optional[_Iterable[_Union[TransferDepth, _Mapping]]] = ...) -> None: ...
+
+class TransferDepth(_message.Message):
+    __slots__ = ("priority", "waiting", "running")
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    priority: str
+    waiting: int
+    running: int
+    def __init__(self, priority: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("label", "fingerprint", "tenant", "block_size_bytes", "tokens_per_block", "dram_bytes", "quota_bytes", "blocks", "slots_free", "sessions", "requested_blocks", "dram_hit_blocks", "nvme_hit_blocks", "miss_blocks", "committed_blocks", "evicted_blocks", "policy", "aliases", "shifted_hit_blocks")
+    __slots__ = ("label", "fingerprint", "tenant", "block_size_bytes", "tokens_per_block", "dram_bytes", "quota_bytes", "blocks", "slots_free", "sessions", "requested_blocks", "dram_hit_blocks", "nvme_hit_blocks", "miss_blocks", "committed_blocks", "evicted_blocks", "policy", "nvme_bytes", "nvme_quota_bytes", "ttl_s", "expired_blocks", "aliases", "shifted_hit_blocks")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -849,6 +897,10 @@ class NamespaceStats(_message.Message):
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    NVME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NVME_QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     SHIFTED_HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     label: str
@@ -868,9 +920,13 @@ class NamespaceStats(_message.Message):
     committed_blocks: int
     evicted_blocks: int
     policy: str
+    nvme_bytes: int
+    nvme_quota_bytes: int
+    ttl_s: float
+    expired_blocks: int
     aliases: int
     shifted_hit_blocks: int
-    def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ..., aliases: _Optional[int] = ..., shifted_hit_blocks: _Optional[int] = ...) -> None: ...
+    def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ..., nvme_bytes: _Optional[int] = ..., nvme_quota_bytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., expired_blocks: _Optional[int] = ..., aliases: _Optional[int] = ..., shifted_hit_blocks: _Optional[int] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
     __slots__ = ("instance_id", "name", "tenant", "process_id", "attached_s", "leases", "reservations", "quarantined_slots", "plane", "queued_requests")
