@@ -192,8 +192,9 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         )
         return messages.truncate_response(truncated)
 
-    async def _prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
-        prefetched = await self._store.prefetch(self._instance(context), request.namespace_id, request.hashes)
+    def _prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
+        request_id = require_text(request.request_id, "request_id")
+        prefetched = self._store.prefetch(self._instance(context), request.namespace_id, request.hashes, request_id)
         return messages.prefetch_response(prefetched)
 
     def _update_queue(self, request: pb.UpdateQueueRequest, context: Context) -> pb.UpdateQueueResponse:

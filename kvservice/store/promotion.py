@@ -87,7 +87,8 @@ class Promotion:
 
     def cancel(self, namespace: Namespace, arrival: Arrival) -> None:
         """Nobody needs a hinted read any more; what is being read, or awaited by a Get, goes on."""
-        if arrival.transfer is None or arrival.landed.done() or arrival.awaited:
+        is_gone = namespace.arrivals.get(arrival.rows[0]) is not arrival
+        if arrival.transfer is None or arrival.landed.done() or arrival.awaited or is_gone:
             return
         disk = self._disks.of(int(namespace.index.extent[arrival.rows[0]]))
         if disk.transfers.cancel(arrival.transfer):

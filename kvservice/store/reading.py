@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from kvservice.leases import HoldKind
 from kvservice.lookahead import Speeds, load_or_recompute
 from kvservice.sessions import session_key
 from kvservice.store import requests
+from kvservice.store.arrivals import Arrival
 from kvservice.store.disks import Disks
 from kvservice.store.holds import Holds
 from kvservice.store.journal import Journal
@@ -23,6 +23,8 @@ from kvservice.store.outcomes import Granted, Looked, Miss, PlannedLoad, Prefetc
 from kvservice.store.promotion import Promotion
 from kvservice.store.space import Space
 from kvservice.transfers import Priority
+
+_REQUESTS_AHEAD_MAX = 4096
 
 
 class Reading:
@@ -46,6 +48,7 @@ class Reading:
         self._promotion = promotion
         self._journal = journal
         self._clock = clock
+        self._ahead: dict[tuple[int, str], list[tuple[Namespace, Arrival]]] = {}
 
     def lookup(self, namespace: Namespace, packed: bytes) -> Looked:
         """How many leading blocks are held, and how many of those lead in DRAM."""
@@ -159,26 +162,43 @@ class Reading:
         granted = of_bytes.tolist()
         return Granted(hold_id, lease_s, namespace.pool, granted, slots, pending, from_nvme, missed, miss, shifts)
 
-    async def prefetch(self, namespace_of: Callable[[], Namespace], packed: bytes) -> Prefetched:
-        """Start reading what is on NVMe only into free or evictable DRAM; nobody waits for it."""
-        namespace = namespace_of()
+    def prefetch(self, instance: Peer, namespace: Namespace, packed: bytes, *, request_id: str) -> Prefetched:
+        """Start reading what is on NVMe only into free or evictable DRAM; neither caller nor memory is waited for.
+
+        Args:
+            request_id: `give_up` of the same cancels what has not begun by then; empty: nothing does.
+        """
         chain = self._chain(namespace, packed)
         rows, miss = self._prefix_bytes(namespace, chain)
         on_nvme = namespace.index.slot[rows] == NO_SLOT
-        wanted = int(np.count_nonzero(on_nvme))
-        if wanted > namespace.pool.free_slots:
-            with suppress(CapacityExhausted):  # then as far as it fits
-                await self._make_room(namespace, rows[~on_nvme], wanted)
-            namespace = namespace_of()
-            rows, miss = self._prefix_bytes(namespace, chain)
-            on_nvme = namespace.index.slot[rows] == NO_SLOT
-            fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
-            rows, on_nvme = rows[:fitting], on_nvme[:fitting]
+        in_dram = namespace.index.slot[rows[~on_nvme]]
+        namespace.pool.hold(in_dram)  # what is in front of the promoted blocks must not make room for them
+        self._space.evict_for_hint(namespace, int(np.count_nonzero(on_nvme)))
+        namespace.end_hold(in_dram)
+        fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
+        if fitting < len(rows):
+            rows, on_nvme, miss = rows[:fitting], on_nvme[:fitting], Miss.OVER_LIMIT
         started = int(np.count_nonzero(on_nvme))
         slots = self._fetch(namespace, rows, on_nvme, Priority.PREFETCH)
+        if request_id and started:
+            arrivals = {namespace.arrivals[row] for row in rows[on_nvme].tolist() if row in namespace.arrivals}
+            self._ahead.setdefault((instance.instance_id, request_id), []).extend(
+                (namespace, arrival) for arrival in arrivals
+            )
+            if len(self._ahead) > _REQUESTS_AHEAD_MAX:
+                del self._ahead[next(iter(self._ahead))]  # the oldest can no longer be cancelled
         # The transfers hold what they read; the caller of a Prefetch holds nothing.
         namespace.end_hold(slots)
         return Prefetched(len(rows) - started, started, len(chain) - len(rows), miss)
+
+    def give_up(self, instance: Peer, request_id: str = "") -> None:
+        """The request ended (empty: the instance left): what it prefetched and nobody waits for need not be read."""
+        keys = [(instance.instance_id, request_id)]
+        if not request_id:
+            keys = [key for key in self._ahead if key[0] == instance.instance_id]
+        for key in keys:
+            for namespace, arrival in self._ahead.pop(key, ()):
+                self._promotion.cancel(namespace, arrival)
 
     def _fetch(self, namespace: Namespace, rows: Rows, on_nvme: np.ndarray, priority: Priority) -> np.ndarray:
         """The slots of all rows, each with one more holder; those on NVMe are being read into new ones."""

@@ -126,8 +126,10 @@ class Space:
 
     async def make_room_for_hint(self, namespace: Namespace, slots_wanted: int) -> bool:
         """Make room as far as that waits for nobody and takes nothing from other namespaces; whether it made any."""
-        if await self.grow(namespace):
-            return True
+        return await self.grow(namespace) or self.evict_for_hint(namespace, slots_wanted)
+
+    def evict_for_hint(self, namespace: Namespace, slots_wanted: int) -> bool:
+        """Evict as far as that helps and takes nothing from other namespaces; whether it made room."""
         missing = slots_wanted - namespace.pool.free_slots
         reason = DropReason.QUOTA if self._is_at_quota(namespace) else DropReason.CAPACITY
         return namespace.evict(missing, reason, self._clock()) > 0

@@ -189,6 +189,7 @@ class Store:
             self.instances.detach(instance)
             self.waiting.instance_left(instance)
             self.device_copies.forget(instance)
+            self._reading.give_up(instance)
             self._holds.expire(self.leases.expire_instance(instance.instance_id))
 
     def hang_up(self, instance: Peer) -> None:
@@ -270,10 +271,10 @@ class Store:
         namespace = self.namespace(instance, namespace_id)
         return self._truncating.truncate(instance, namespace, packed_source, keep, packed, session_id=session_id)
 
-    async def prefetch(self, instance: Peer, namespace_id: int, packed: bytes) -> Prefetched:
-        """Start reading what is on NVMe only; nobody waits for it."""
+    def prefetch(self, instance: Peer, namespace_id: int, packed: bytes, request_id: str = "") -> Prefetched:
+        """Start reading what is on NVMe only; nobody waits. Release of the request cancels what has not begun."""
         self._refuse_while_draining()
-        return await self._reading.prefetch(lambda: self.namespace(instance, namespace_id), packed)
+        return self._reading.prefetch(instance, self.namespace(instance, namespace_id), packed, request_id=request_id)
 
     def renew(
         self, instance: Peer, lease_ids: Sequence[int], reservation_ids: Sequence[int], duration_s: float
@@ -302,6 +303,7 @@ class Store:
         """
         holds = self._holds.find(instance, HoldKind.READ, lease_ids)
         if request_id:
+            self._reading.give_up(instance, request_id)
             holds += [hold for hold in self.leases.of_request(instance.instance_id, request_id) if hold not in holds]
         if attempt_ids:
             holds += [hold for hold in self.leases.give_up(instance.instance_id, attempt_ids) if hold not in holds]

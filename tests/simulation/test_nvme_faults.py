@@ -151,10 +151,10 @@ def test_a_disk_that_lies_and_fails_costs_misses_only(seed: int, tmp_path: Path)
 
     async def come_back(node: Node) -> None:
         disk = node.store.disks.disks[0]
-        if not disk.is_online:
+        if not disk.health.can_write:
             with suppress(OSError):
                 disk.volume.probe()
-                disk.come_back()
+                disk.health.come_back()
 
     async def scenario() -> None:
         node = Node(tmp_path, files=files, nvme_bytes=BOUND_BYTES)

@@ -60,7 +60,7 @@ def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_
                 assert await node.load(chain(name, lengths[name])) <= lengths[name]
             case "prefetch" if lengths:
                 name = chance.choice(sorted(lengths))
-                await node.store.prefetch(node.engine.peer, 1, b"".join(chain(name, lengths[name])))
+                node.store.prefetch(node.engine.peer, 1, b"".join(chain(name, lengths[name])))
             case "queue":
                 names = chance.sample(sorted(lengths), chance.randrange(min(5, len(lengths) + 1)))
                 entries = [Entry(name, b"".join(chain(name, 14))) for name in names]
