@@ -130,7 +130,7 @@ def test_a_disk_that_lies_and_fails_costs_misses_only(seed: int, tmp_path: Path)
                 assert await node.load(chain(name, lengths[name])) <= lengths[name]
             case "prefetch" if lengths:
                 name = chance.choice(sorted(lengths))
-                await node.store.prefetch(node.engine.peer, 1, b"".join(chain(name, lengths[name])))
+                node.store.prefetch(node.engine.peer, 1, b"".join(chain(name, lengths[name])))
             case "flush":
                 await node.flush()
             case "fold":
