@@ -115,7 +115,7 @@ class Disk:
 
     async def came_back(self) -> bool:
         """Try a disk that failed, if it is time and its directory is in its place; whether it works again."""
-        if not self.health.is_probe_due:
+        if not self.health.is_probe_due or not self.health.is_recovered:
             return False
         try:
             await in_thread(self.volume.probe)

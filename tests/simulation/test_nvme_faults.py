@@ -200,9 +200,9 @@ def test_a_disk_that_fails_while_it_recovers_is_not_written_over(tmp_path: Path)
         await node.start()
         files.is_failing = False
         disk = node.store.disks.disks[0]
-        disk._probe_at_s = 0.0
+        disk.health._probe_at_s = 0.0
         assert not await disk.came_back()
-        assert "restart the daemon" in disk.why
+        assert "recovery failed" in disk.health.why
         await node.engine.save(chain("new", 6))
         assert await node.load(chain("new", 6)) == 6, "DRAM serves"
         await node.stop()
