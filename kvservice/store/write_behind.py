@@ -208,8 +208,11 @@ class WriteBehind:
         try:
             disk, extents = await self._disk_space.reserve(namespace, len(rows))
             still_there = np.flatnonzero(namespace.pool.row_of[slots] == rows)
-            # Fronts of chains first: what does not fit is behind what does.
-            chosen = still_there[: len(extents)]
+            chosen = still_there
+            if len(extents) < len(still_there):
+                # What does not fit is worth less than what does, and behind it.
+                best = [row for *_, row in _ranked(namespace, rows[still_there])][: len(extents)]
+                chosen = np.flatnonzero(np.isin(rows, best))
             self._disks.release(extents[len(chosen) :])
             extents, taken = extents[: len(chosen)], len(chosen)
             blocks = self._blocks(namespace, rows[chosen], slots[chosen], extents)

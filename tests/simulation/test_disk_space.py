@@ -75,6 +75,22 @@ def test_a_batch_larger_than_the_quota_is_written_as_far_as_it_fits_its_front_fi
     asyncio.run(scenario())
 
 
+def test_of_a_batch_larger_than_the_quota_the_chain_that_was_used_last_is_written(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, nvme_quota_bytes=5 * EXTENT_BYTES, nvme_write_behind_s=600.0)
+        await node.start()
+        for name in ("older", "newer"):
+            node.advance(1.0)
+            await node.engine.save(chain(name, 5))
+        await node.store.write_behind.write_batch()  # both in one
+        await node.stop()
+        await node.start()
+        assert [await node.load(chain(name, 5)) for name in ("older", "newer")] == [0, 5]
+        await node.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_quota_lowered_for_a_restart_is_reached_in_slices(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as node:
