@@ -104,7 +104,7 @@ class Volume:
         Raises:
             CapacityExhausted: the volume's bound leaves no room.
         """
-        # Each block has a record in the old checkpoint and in the new, and so may a quarter as many sessions.
+        # A block has a record in the old checkpoint and in the new; so may a quarter as many sessions, and aliases.
         if (self._segments.live + count) * _RECORD_BYTES_ON_DISK * 6 // 4 > self._journal_bytes // 4:
             raise CapacityExhausted(f"{self._segments.live} blocks fill the index of {self.directory}")
         digest = namespace_digest(spec)
@@ -187,8 +187,9 @@ class Volume:
         found = find_segments(self.directory, self._files)
         records, damaged = self.journal.read()
         kept = fitting(found, records, self.data_bytes)
+        keeping = {segment.header.segment_id for segment in kept}
         for segment in found:
-            if segment not in kept:
+            if segment.header.segment_id not in keeping:
                 self._files.remove(directories.segment_path(self.directory, segment.header.segment_id))
         remembered = recollect(names, kept, records, damaged)
         self._named = set(names)

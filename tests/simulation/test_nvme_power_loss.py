@@ -17,6 +17,7 @@ import pytest
 import xxhash
 
 from kvservice.blocks import BlockHash, NamespaceSpec
+from kvservice.errors import CapacityExhausted
 from kvservice.nvme import ReadJob, ReadResult, RealFiles, RecordKind, Volume, WriteJob, record, records_array
 from kvservice.nvme.files import Buffer
 from tests.stores import chain, spec_of
@@ -24,10 +25,11 @@ from tests.stores import chain, spec_of
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
-CAPACITY_BYTES = 8 * MIB
+CAPACITY_BYTES = 4 * MIB + MIB // 2
+"""Two segments beside the index: they change hands between the namespaces."""
 BLOCK_BYTES = 4096
 SECTOR_BYTES = 512
-ROUNDS = 30
+ROUNDS = 45
 CRASHES_PER_RUN = 12
 
 
@@ -136,6 +138,7 @@ def after_power_loss(events: Sequence[Event], source: Path, target: Path, chance
 class Stored:
     """One block of the run: since when it must survive, and since when it need not."""
 
+    spec: NamespaceSpec
     block_hash: BlockHash
     extent: int
     acknowledged_at: int
@@ -145,9 +148,10 @@ class Stored:
 class Run:
     """A volume under a stream of batches, drops and folds."""
 
-    def __init__(self, directory: Path, spec: NamespaceSpec, chance: random.Random) -> None:
+    def __init__(self, directory: Path, specs: Sequence[NamespaceSpec], chance: random.Random) -> None:
         self.files = RecordingFiles()
-        self.spec = spec
+        self.specs = specs
+        self.changed_hands = 0
         self.stored: list[Stored] = []
         self._chance = chance
         self._volume = Volume.open(
@@ -160,7 +164,7 @@ class Run:
         for _ in range(ROUNDS):
             match self._chance.choice(["store", "store", "store", "drop", "fold"]):
                 case "store":
-                    self._store(self._chance.randrange(1, 9))
+                    self._store(self._chance.randrange(1, 20))
                 case "drop":
                     self._drop()
                 case "fold":
@@ -170,28 +174,42 @@ class Run:
     def _store(self, count: int) -> None:
         hashes = [BlockHash(chain(f"b{self._number + at}", 1)[0]) for at in range(count)]
         self._number += count
-        extents = self._volume.reserve(self.spec, count)
+        spec = self._chance.choice(self.specs)
+        try:
+            extents = self._volume.reserve(spec, count)
+        except CapacityExhausted:
+            # Another one's blocks leave, all of them: its segments change hands.
+            self._leave([stored for stored in self._live() if stored.spec is not spec])
+            self._leave(self._live()[:count])
+            extents = self._volume.reserve(spec, count)
+            self.changed_hands += 1
         epoch = self._volume.epoch
         for block_hash, extent in zip(hashes, extents, strict=True):
             content = content_of(block_hash)
             memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
             memory[:] = content
             job = WriteJob(extent, block_hash, memory, xxhash.xxh3_64_intdigest(content))
-            self._volume.write(self.spec, [job])
+            self._volume.write(spec, [job])
         self._volume.flush(epoch)
         records = [
-            record(RecordKind.STORED, self.spec, extent, block_hash=block_hash, last_used_s=1.0)
+            record(RecordKind.STORED, spec, extent, block_hash=block_hash, last_used_s=1.0)
             for block_hash, extent in zip(hashes, extents, strict=True)
         ]
         self._volume.append(records_array(records))
         now = len(self.files.events)
-        self.stored += [Stored(*pair, now) for pair in zip(hashes, extents, strict=True)]
+        self.stored += [Stored(spec, *pair, now) for pair in zip(hashes, extents, strict=True)]
 
     def _drop(self) -> None:
-        live = [stored for stored in self.stored if stored.given_up_at == 1 << 60]
-        for stored in self._chance.sample(live, len(live) // 2):
+        live = self._live()
+        self._leave(self._chance.sample(live, len(live) // 4))
+
+    def _live(self) -> list[Stored]:
+        return [stored for stored in self.stored if stored.given_up_at == 1 << 60]
+
+    def _leave(self, leaving: Sequence[Stored]) -> None:
+        for stored in leaving:
             stored.given_up_at = len(self.files.events)
-            self._volume.append(records_array([record(RecordKind.DROPPED, self.spec, stored.extent)]))
+            self._volume.append(records_array([record(RecordKind.DROPPED, stored.spec, stored.extent)]))
             self._volume.release([stored.extent])
 
 
@@ -202,9 +220,9 @@ def content_of(block_hash: bytes) -> bytes:
 @pytest.mark.parametrize("seed", range(12))
 def test_what_was_acknowledged_survives_and_nothing_has_other_bytes(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    spec = spec_of(block_size_bytes=BLOCK_BYTES)
-    run = Run(tmp_path / "run", spec, chance)
+    run = Run(tmp_path / "run", [spec_of(name, block_size_bytes=BLOCK_BYTES) for name in "ab"], chance)
     run.go()
+    assert run.changed_hands, "no segment changed hands"
     events = run.files.events
     for number in range(CRASHES_PER_RUN):
         moment = chance.randrange(1, len(events) + 1)
@@ -214,7 +232,8 @@ def test_what_was_acknowledged_survives_and_nothing_has_other_bytes(seed: int, t
         recovered = volume.recover()
         found: dict[bytes, ReadResult] = {}
         memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
-        for block_hash, extent in zip(recovered.hashes, recovered.extent.tolist(), strict=True):
+        specs = [recovered.namespaces[at] for at in recovered.namespace_index.tolist()]
+        for spec, block_hash, extent in zip(specs, recovered.hashes, recovered.extent.tolist(), strict=True):
             memory[:] = bytes(BLOCK_BYTES)
             found[block_hash] = volume.read(spec, [ReadJob(extent, BlockHash(block_hash), memory)])[0]
             if found[block_hash] is ReadResult.OK:
