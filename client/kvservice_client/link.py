@@ -181,6 +181,8 @@ class Link:
             return method(request, timeout=timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
             raise self._failed(error) from None
+        except ValueError as error:
+            raise _ended(error) from None
 
     def get(self, request: pb.GetRequest, timeout_s: float) -> Iterator[pb.GetResponse]:
         """The Get stream: messages as blocks arrive.
@@ -193,6 +195,8 @@ class Link:
             yield from self.stub.Get(request, timeout=timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
             raise self._failed_attempt(error, request.attempt_id) from None
+        except ValueError as error:
+            raise _ended(error) from None
 
     def put(self, request: pb.PutRequest, timeout_s: float) -> pb.PutResponse:
         """One Put.
@@ -205,6 +209,8 @@ class Link:
             response: pb.PutResponse = self.stub.Put(request, timeout=timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
             raise self._failed_attempt(error, request.attempt_id) from None
+        except ValueError as error:
+            raise _ended(error) from None
         return response
 
     def is_settled(self, attempt_id: int) -> bool:
@@ -368,3 +374,8 @@ def open_channel(socket_dir: str) -> grpc.Channel:
             (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
         ),
     )
+
+
+def _ended(error: ValueError) -> DaemonUnreachable:
+    """The channel was closed between being looked up and being used: grpc says ValueError then."""
+    return DaemonUnreachable(f"the attachment has ended; the client attaches again by itself ({error})")

@@ -261,3 +261,18 @@ def test_a_memory_socket_that_breaks_alone_ends_the_attachment_and_makes_another
     assert client.save(chain("b", 4), whole).saved == 4
     eventually(lambda: daemon_thread.on_loop(lambda: len(daemon_thread.store.instances)) == 1)
     daemon_thread.wait_no_holds()
+
+
+def test_a_call_whose_attachment_ended_in_the_same_moment_finds_the_daemon_unreachable(
+    make_daemon: MakeDaemon, make_client: MakeClient
+) -> None:
+    """The channel is closed between being looked up and being used, as when a daemon dies under load."""
+    daemon = make_daemon()
+    link = make_client(daemon.socket_dir, OF)._attachment.link()
+    link._channel.close()
+    with pytest.raises(kv.DaemonUnreachable):
+        link.put(pb.PutRequest(), 5)
+    with pytest.raises(kv.DaemonUnreachable):
+        list(link.get(pb.GetRequest(), 5))
+    with pytest.raises(kv.DaemonUnreachable):
+        link.call(link.stub.Lookup, pb.LookupRequest(), 5)
