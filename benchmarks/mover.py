@@ -37,6 +37,16 @@ class Moving:
                 sleep(_PAUSE_S)
             self._chains.append(chain)
 
+    def _read(self, chain: Sequence[bytes]) -> None:
+        came = 0
+        while came < self._blocks:
+            with self._client.get(chain, deadline_s=60) as lease:
+                came = len(lease.blocks)
+                if lease.miss not in {pb.MISS_REASON_UNSPECIFIED, pb.MISS_REASON_OVER_LIMIT}:
+                    raise RuntimeError(f"{came} of {self._blocks} blocks came, miss reason {lease.miss}")
+            if came < self._blocks:
+                sleep(_PAUSE_S)  # the chains that go are not durable yet, and fill the memory
+
     def _reservation(self, chain: Sequence[bytes]) -> kv.Reservation:
         while True:
             try:
@@ -49,9 +59,7 @@ class Moving:
         came = 0
         for chain in list(self._chains):
             if came < _CHAINS and self._client.lookup(chain).dram_blocks == 0:
-                with self._client.get(chain, deadline_s=60) as lease:
-                    if len(lease.blocks) != self._blocks:
-                        raise RuntimeError(f"{len(lease.blocks)} of {self._blocks} blocks came")
+                self._read(chain)
                 self._chains.remove(chain)
                 self._chains.append(chain)
                 came += 1
