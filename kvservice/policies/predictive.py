@@ -9,10 +9,11 @@ whose oldest block is worth least. While nothing is known that is the block used
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, Rows
 from kvservice.policies.order import PlacedOrder, Stamps
@@ -51,7 +52,27 @@ _FINISHED, _EXPECTED = len(KINDS), len(KINDS) + 1
 _LATE_S = 60
 """An expected use that is so late is not expected any more."""
 
-_USED_SHIFT, _SHARE_SHIFT, _KIND_SHIFT = 32, 16, 8
+_SHARE_MAX = 0xFFFF
+
+
+class _State(NamedTuple):
+    """What is known of a row; 64 bits in the column, and in what is remembered of a block that left."""
+
+    used_at: int
+    """The second of its last use, or of its storing."""
+    share: int
+    """How many rows were one observation together."""
+    kind: int
+    uses: int
+
+    def packed(self) -> int:
+        """As one number, never NO_MEMORY: a share is at least one."""
+        return self.used_at << 32 | min(self.share, _SHARE_MAX) << 16 | self.kind << 8 | self.uses
+
+    @classmethod
+    def of(cls, packed: int) -> _State:
+        """The state that was packed so."""
+        return cls(packed >> 32, packed >> 16 & _SHARE_MAX, packed >> 8 & 0xFF, packed & 0xFF)
 
 
 class Predictive:
@@ -64,38 +85,19 @@ class Predictive:
         self._stamps = Stamps()
         self._orders = [PlacedOrder(self._stamps) for _ in range(len(KINDS) + 2)]
         self._order_of = np.zeros(1024, dtype=np.uint8)
-        self._kind = np.zeros(1024, dtype=np.uint8)
-        self._uses = np.zeros(1024, dtype=np.uint8)
-        self._share = np.zeros(1024, dtype=np.uint16)  # how many rows are one observation together
-        self._used_at = np.zeros(1024, dtype=np.int64)  # whole seconds
+        self._states = np.zeros(1024, dtype=np.int64)
         self._expected_at_s: dict[int, float] = {}
         self._changed: set[int] = set()  # orders whose first row may be another one since it was looked at
 
     def stored(self, rows: Rows, parents: Rows, now_s: float, memories: Memories) -> None:
-        if not len(rows):
-            return
-        self._reach(int(rows.max()))
-        now = self.model.advance(now_s)
-        is_known = memories != NO_MEMORY
-        new = len(rows) - int(np.count_nonzero(is_known))
-        kinds = np.full(len(rows), np.searchsorted(_STORED_AT_ONCE, new), dtype=np.uint8)
-        kinds[-1] = _END
-        self._uses[rows] = 0
-        if new < len(rows):
-            back, known = rows[is_known], memories[is_known]
-            self._used_at[back] = known >> _USED_SHIFT
-            self._share[back] = known >> _SHARE_SHIFT & 0xFFFF
-            self._kind[back] = known >> _KIND_SHIFT & 0xFF
-            self._uses[back] = known & 0xFF
-            kinds[is_known] = self._used(back, now)
-        self._begin(rows, kinds, now)
+        if len(rows):
+            self._reach(int(rows.max()))
+            self._use(rows, memories, now_s, new=int(np.count_nonzero(memories == NO_MEMORY)))
 
     def touch(self, rows: Rows, now_s: float) -> None:
-        if not len(rows):
-            return
-        self._reach(int(rows.max()))
-        now = self.model.advance(now_s)
-        self._begin(rows, self._used(rows, now), now)
+        if len(rows):
+            self._reach(int(rows.max()))
+            self._use(rows, self._states[rows], now_s, new=0)
 
     def released(self, rows: Rows) -> None:
         for row in rows[~self._stamps.is_placed(rows)].tolist():
@@ -117,10 +119,7 @@ class Predictive:
     def forget(self, row: int) -> Memory:
         self._stamps.remove(row)
         self._expected_at_s.pop(row, None)
-        if row >= len(self._kind):
-            return NO_MEMORY
-        memory = int(self._used_at[row]) << _USED_SHIFT | int(self._share[row]) << _SHARE_SHIFT
-        return Memory(memory | int(self._kind[row]) << _KIND_SHIFT | int(self._uses[row]))
+        return Memory(self._states.item(row)) if row < len(self._states) else NO_MEMORY
 
     def exposed(self, row: int) -> None:
         self._reach(row)
@@ -142,8 +141,8 @@ class Predictive:
             if row == NO_ROW:
                 return
             self._changed.add(worst)
-            used_at = self._used_at[row]
-            while row != NO_ROW and self._used_at[row] == used_at:
+            used_at = self._states.item(row) >> 32
+            while row != NO_ROW and self._states.item(row) >> 32 == used_at:
                 if is_evictable(row):
                     yield row
                 row = order.take()
@@ -154,47 +153,54 @@ class Predictive:
         """(worth, second of the last use) of an order's first row: the smallest is the victim."""
         if first == NO_ROW:
             return math.inf, 0
-        used_at = int(self._used_at[first])
+        state = _State.of(self._states.item(first))
         if order == _FINISHED:
-            return -1.0, used_at
+            return -1.0, state.used_at
         if order == _EXPECTED and (due_s := self._expected_at_s[first] - now) > -_LATE_S:
-            return 1.0 / max(1.0, due_s), used_at
-        return self.model.worth(int(self._kind[first]), used_at), used_at
+            return 1.0 / max(1.0, due_s), state.used_at
+        return self.model.worth(state.kind, state.used_at), state.used_at
 
-    def _used(self, rows: Rows, now: int) -> NDArray[np.uint8]:
-        """Tell the model that the rows are used, and count it; returns the kinds that they are of now."""
-        kinds, used_at = self._kind[rows], self._used_at[rows]
-        begins = np.flatnonzero(np.diff(kinds, prepend=np.uint8(255)) | np.diff(used_at, prepend=-1))
-        lengths = np.diff(begins, append=len(rows))
-        self.model.ended(kinds[begins], used_at[begins], lengths / self._share[rows[begins]])
-        uses = np.minimum(self._uses[rows] + 1, _USES_MAX).astype(np.uint8)
-        self._uses[rows] = uses
-        gaps = np.searchsorted(_GAPS_S, now - used_at, side="right")
-        of_used: NDArray[np.uint8] = (_NEW_KINDS + (uses - 1) * _GAP_KINDS + gaps).astype(np.uint8)
-        return of_used
+    def _use(self, rows: Rows, states: Memories, now_s: float, *, new: int) -> None:
+        """The rows, of which that much was known, are used, or new where nothing was.
 
-    def _begin(self, rows: Rows, kinds: NDArray[np.uint8], now: int) -> None:
-        """The rows are of these kinds from now on, each kind one observation, and last in its order."""
-        counts = np.bincount(kinds, minlength=len(KINDS))
-        self._kind[rows], self._used_at[rows] = kinds, now
-        self._share[rows] = np.minimum(counts, 0xFFFF)[kinds]
+        A chain is few runs of rows that share their past: what is not a vector operation is done once for each run.
+        """
+        now = self.model.advance(now_s)
+        ends = [*(np.flatnonzero(states[1:] != states[:-1]) + 1).tolist(), len(rows)]
+        if new and states[-1] == NO_MEMORY and len(rows) - 1 not in (0, *ends[-2:-1]):
+            ends.insert(-1, len(rows) - 1)  # a new chain's end is of a kind of its own
+        runs: list[tuple[int, int, int, int]] = []  # (begin, end, kind, uses)
+        sizes: dict[int, int] = {}
+        begin = 0
+        for end in ends:
+            packed = states.item(begin)
+            if packed == NO_MEMORY:
+                kind, uses = _END if end == len(rows) else bisect_left(_STORED_AT_ONCE, new), 0
+            else:
+                state = _State.of(packed)
+                self.model.ended(state.kind, state.used_at, (end - begin) / max(1, state.share))
+                uses = min(state.uses + 1, _USES_MAX)
+                kind = _NEW_KINDS + (uses - 1) * _GAP_KINDS + bisect_right(_GAPS_S, now - state.used_at)
+            runs.append((begin, end, kind, uses))
+            sizes[kind] = sizes.get(kind, 0) + end - begin
+            begin = end
+        for kind in sizes:
+            self.model.started(kind)
+        for begin, end, kind, uses in runs:
+            self._states[rows[begin:end]] = _State(now, sizes[kind], kind, uses).packed()
         if self._expected_at_s:
             for row in rows.tolist():
                 self._expected_at_s.pop(row, None)
-        present = np.flatnonzero(counts)
-        self.model.started(present)
-        for kind in present.tolist():
-            self._place(rows if len(present) == 1 else rows[kinds == kind], kind)
+        for kind in sizes:
+            parts = [rows[begin:end] for begin, end, of_run, _ in runs if of_run == kind]
+            self._place(parts[0] if len(parts) == 1 else np.concatenate(parts), kind)
 
     def _place(self, rows: Rows, order: int) -> None:
         self._order_of[rows] = order
         self._orders[order].place(rows[::-1])
 
     def _reach(self, row: int) -> None:
-        if row >= len(self._kind):
-            size = max(row + 1, 2 * len(self._kind))
-            for name in ("_order_of", "_kind", "_uses", "_share", "_used_at"):
-                column = getattr(self, name)
-                grown = np.zeros(size, dtype=column.dtype)
-                grown[: len(column)] = column
-                setattr(self, name, grown)
+        if row >= len(self._states):
+            more = max(row + 1, 2 * len(self._states)) - len(self._states)
+            self._states = np.concatenate([self._states, np.zeros(more, dtype=np.int64)])
+            self._order_of = np.concatenate([self._order_of, np.zeros(more, dtype=np.uint8)])

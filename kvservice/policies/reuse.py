@@ -74,26 +74,25 @@ class ReuseModel:
         self._second = second
         return second
 
-    def started(self, kinds: NDArray[np.int64]) -> None:
-        """An observation of each of these distinct kinds begins now: blocks were used or stored."""
-        self._waiting[kinds, self._second % _SECONDS] += 1.0
+    def started(self, kind: int) -> None:
+        """An observation of the kind begins now: blocks were used or stored."""
+        self._waiting[kind, self._second % _SECONDS] += 1.0
 
-    def ended(self, kinds: NDArray[np.uint8], begun_s: NDArray[np.int64], weights: Counts) -> None:
-        """Observations, or parts of them, that began at those seconds end now with a use."""
-        ages = self._second - begun_s
-        # What began before the clock was remembered, or longer ago than it remembers, is past telling.
-        is_known = (ages < _SECONDS - 1) & (begun_s > 0)
-        kinds, begun_s, weights, ages = kinds[is_known], begun_s[is_known], weights[is_known], ages[is_known]
-        np.add.at(self._used, (kinds, _range_of(ages)), weights)
-        np.subtract.at(self._waiting, (kinds, begun_s % _SECONDS), weights)
-        # They are not there any more when the ages that they reached since the last count are counted.
-        is_reached = (ages[:, None] >= AGES_S) & (begun_s[:, None] + AGES_S >= self._counted_to)
-        which, ranges = np.nonzero(is_reached)
-        np.add.at(self._reached, (kinds[which], ranges), weights[which])
+    def ended(self, kind: int, begun_s: int, weight: float) -> None:
+        """An observation, or that part of it, which began at that second ends now with a use."""
+        age_s = self._second - begun_s
+        if begun_s <= 0 or age_s >= _SECONDS - 1:
+            return  # before the clock was remembered, or longer ago than it remembers
+        ended_in = _range_of(age_s)
+        self._used[kind, ended_in] += weight
+        self._waiting[kind, begun_s % _SECONDS] -= weight
+        # It is not there any more when the ages that it reached since the last count are counted.
+        not_counted = bisect.bisect_left(_AGES_S, self._counted_to - begun_s)
+        self._reached[kind, not_counted : ended_in + 1] += weight
 
     def worth(self, kind: int, begun_s: int) -> float:
         """Expected uses per second of keeping, of a block of the kind whose last use was at that second."""
-        return float(self._worth[kind, bisect.bisect_right(_AGES_S, self._second - begun_s) - 1])
+        return float(self._worth[kind, _range_of(self._second - begun_s)])
 
     def hazards(self) -> Counts:
         """The chance of a use in each range of ages for a block that reached it, by kind. Shape (kinds, ranges)."""
@@ -113,24 +112,28 @@ class ReuseModel:
         fading = 0.5 ** ((second - self._counted_to) / _HALF_LIFE_S)
         self._used *= fading
         self._reached *= fading
-        for at, age_s in enumerate(AGES_S.tolist()):
-            first = max(self._counted_to - age_s, self._second - _SECONDS + 1)
-            last = min(second - 1 - age_s, self._second)
-            if first <= last and not forgotten:
-                self._reached[:, at] += self._waiting[:, np.arange(first, last + 1) % _SECONDS].sum(axis=1)
+        if not forgotten:
+            # Those that began so many seconds ago, for each range, and are remembered.
+            begun_s = np.arange(self._counted_to, second) - AGES_S[:, None]
+            is_known = (begun_s > self._second - _SECONDS) & (begun_s <= self._second)
+            self._reached += (self._waiting[:, begun_s % _SECONDS] * is_known).sum(axis=2)
         self._counted_to = second
         self._worth = self._worth_of(self.hazards())
 
     @staticmethod
     def _worth_of(hazards: Counts) -> Counts:
-        worth = np.zeros_like(hazards)
-        for at in range(len(AGES_S)):
-            unused = np.cumprod(1.0 - hazards[:, at:], axis=1)
-            entered = np.concatenate([np.ones((len(hazards), 1)), unused[:, :-1]], axis=1)
-            kept_s = np.cumsum(entered * _WIDTHS_S[at:] * (1.0 - hazards[:, at:] / 2), axis=1)
-            worth[:, at] = np.max((1.0 - unused) / kept_s, axis=1)
+        # Of a block that has just come in, by range: the chance that it is unused at the beginning, and the expected
+        # time that it is kept from there on. Their differences between two ranges have the ratio that is looked for.
+        unused = np.cumprod(np.pad(1.0 - hazards, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+        kept_s = unused[:, :-1] * _WIDTHS_S * (1.0 - hazards / 2)
+        left_s = np.pad(np.cumsum(kept_s[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
+        used = unused[:, :-1, None] - unused[:, None, 1:]
+        during_s = left_s[:, :-1, None] - left_s[:, None, 1:]
+        ratios = np.divide(used, during_s, out=np.zeros_like(used), where=np.triu(np.ones(used.shape[1:], dtype=bool)))
+        # Rounded, so that what is worth the same in both of two ranges compares as equal.
+        worth: Counts = ratios.max(axis=2).astype(np.float32)
         return worth
 
 
-def _range_of(ages_s: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.searchsorted(AGES_S, ages_s, side="right") - 1
+def _range_of(age_s: int) -> int:
+    return bisect.bisect_right(_AGES_S, age_s) - 1

@@ -55,7 +55,7 @@ def test_the_module_runs_as_the_command() -> None:
     ("argv", "says"),
     [
         (["stat"], "'stat' is not a command; did you mean stats?"),
-        (["xyzzy"], "is not a command: serve, demo, stats, top, explain, check, inspect, config"),
+        (["xyzzy"], "is not a command: serve, demo, stats, top, explain, check, inspect, simulate, config"),
     ],
 )
 def test_an_unknown_command_suggests_one(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

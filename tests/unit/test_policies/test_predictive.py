@@ -31,7 +31,7 @@ def test_knowing_nothing_it_is_lru(uses: list[tuple[int, int]]) -> None:
             shelf.use(row)
     # Rows of one second are of one age: between kinds their order within it is free.
     predicted, recent = (shelf.evict() for shelf in shelves)
-    last_use = {row: shelves[0].policy._used_at[row] for row in range(10)}  # type: ignore[attr-defined]
+    last_use = {row: int(shelves[0].policy._states[row]) >> 32 for row in range(10)}  # type: ignore[attr-defined]
     assert [last_use[row] for row in predicted] == sorted(last_use.values()) == [last_use[row] for row in recent]
 
 
@@ -91,7 +91,7 @@ def test_a_block_that_left_and_comes_back_is_known() -> None:
     shelf.store(10, 11, 12, 13, memories=np.array(memories, dtype=np.int64))
     policy = shelf.policy
     assert isinstance(policy, Predictive)
-    assert {KINDS[policy._kind[row]] for row in (10, 11, 12, 13)} == {"used once, under 128 s apart"}
+    assert {KINDS[int(policy._states[row]) >> 8 & 0xFF] for row in (10, 11, 12, 13)} == {"used once, under 128 s apart"}
     assert policy.model._used.sum() == pytest.approx(2.0)  # the chain and its end, each one observation
 
 
@@ -155,10 +155,10 @@ def test_the_model_counts_what_a_count_by_hand_does(seed: int) -> None:
         open_ones = [at for at, (begun, ended) in enumerate(lives) if ended is None]
         if open_ones and chooser.random() < 0.4:
             at = chooser.choice(open_ones)
-            model.ended(np.array([0], dtype=np.uint8), np.array([lives[at][0]]), np.array([1.0]))
+            model.ended(0, lives[at][0], 1.0)
             lives[at] = (lives[at][0], now)
         else:
-            model.started(np.array([0]))
+            model.started(0)
             lives.append((now, None))
     now += 10
     model.advance(float(now))
@@ -171,7 +171,7 @@ def test_the_model_counts_what_a_count_by_hand_does(seed: int) -> None:
 def test_a_long_silence_costs_no_time_and_leaves_no_trace() -> None:
     model = ReuseModel([0])
     model.advance(10.0)
-    model.started(np.array([0]))
+    model.started(0)
     model.advance(10.0 + 1e7)
     assert model._waiting.sum() == 0.0
     assert np.isfinite(model.hazards()).all()
@@ -191,7 +191,7 @@ def test_worth_of_a_sure_use_is_the_time_until_it() -> None:
     for second in range(1, 2_000):
         model.advance(float(second))
         if second > 60:
-            model.ended(np.array([0], dtype=np.uint8), np.array([second - 60]), np.array([1.0]))
-        model.started(np.array([0]))
+            model.ended(0, second - 60, 1.0)
+        model.started(0)
     assert model.worth(0, 1999 - 48) > 2 * model.worth(0, 1999) > 20 * model.worth(0, 1999 - 200)
     assert model.worth(0, 1999) == pytest.approx(1 / 56, rel=0.2)
