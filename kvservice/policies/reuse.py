@@ -21,7 +21,7 @@ _HALF_LIFE_S = 1800.0
 """Observations lose half of their weight in this time: workloads drift."""
 
 _COUNT_INTERVAL_S = 10
-"""Ages reached are counted, and worths computed, this often."""
+"""Ages reached are counted this often, and worths computed anew when they are next asked for."""
 
 _TRUST_OBSERVATIONS = 4.0
 """With fewer observations a kind is taken to be more like its family than like itself, and a family like all blocks."""
@@ -59,6 +59,7 @@ class ReuseModel:
         self._second = 0
         self._counted_to = 0
         self._worth = self._worth_of(self.hazards())
+        self._is_worth_current = True
 
     def advance(self, now_s: float) -> int:
         """It is that late now; returns it as a whole second, the unit of all ages."""
@@ -92,6 +93,9 @@ class ReuseModel:
 
     def worth(self, kind: int, begun_s: int) -> float:
         """Expected uses per second of keeping, of a block of the kind whose last use was at that second."""
+        if not self._is_worth_current:
+            self._worth = self._worth_of(self.hazards())
+            self._is_worth_current = True
         return float(self._worth[kind, _range_of(self._second - begun_s)])
 
     def hazards(self) -> Counts:
@@ -118,7 +122,7 @@ class ReuseModel:
             is_known = (begun_s > self._second - _SECONDS) & (begun_s <= self._second)
             self._reached += (self._waiting[:, begun_s % _SECONDS] * is_known).sum(axis=2)
         self._counted_to = second
-        self._worth = self._worth_of(self.hazards())
+        self._is_worth_current = False
 
     @staticmethod
     def _worth_of(hazards: Counts) -> Counts:
