@@ -1,0 +1,75 @@
+"""The image is pinned, not root, and checks the page that the daemon serves; its commands are proved by a script."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvservice.config import Config
+from scripts.build_image_in_chroot import ROOT, instructions
+
+pytestmark = pytest.mark.unit
+
+TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def stage(name: str) -> dict[str, list[str]]:
+    """The instructions of one stage, by word, in order."""
+    found: dict[str, list[str]] = {}
+    current = ""
+    for word, rest in instructions(TEXT):
+        current = rest.split(" AS ")[1] if word == "FROM" else current
+        if current == name:
+            found.setdefault(word, []).append(rest)
+    return found
+
+
+def test_continued_lines_are_one_instruction_and_comments_are_none() -> None:
+    assert instructions("# note\nRUN a \\\n    && b\n\nUSER 1:2\n") == [("RUN", "a  && b"), ("USER", "1:2")]
+
+
+def test_every_image_and_package_has_a_version() -> None:
+    images = dict(rest.split("=") for word, rest in instructions(TEXT) if word == "ARG" and "IMAGE" in rest)
+    assert set(images) == {"BASE_IMAGE", "ENGINE_IMAGE"}
+    assert all(re.search(r":v?\d+\.\d+", image) for image in images.values())
+    assert {rest.split(" AS ")[0] for word, rest in instructions(TEXT) if word == "FROM"} <= {
+        f"${{{name}}}" for name in images
+    }
+    for file in (*Path(ROOT / "image").glob("*-constraints.txt"), ROOT / "constraints.txt"):
+        pins = [line for line in file.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+        assert pins
+        assert all("==" in pin for pin in pins), file
+
+
+def test_the_extras_that_the_variants_install_exist_and_are_pinned() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    pinned = {
+        line.partition("==")[0].lower()
+        for file in ("constraints.txt", "image/cuda-constraints.txt")
+        for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
+    }
+    named = {extra for variant in re.findall(r"extras=([a-z,]+)", TEXT) for extra in variant.split(",")}
+    assert named == {"daemon", "cuda"}
+    for extra in named:
+        for requirement in extras[extra]:
+            assert re.split(r"[><=\[]", requirement)[0].lower() in pinned, requirement
+
+
+def test_the_daemon_runs_as_the_user_of_the_manifests() -> None:
+    workload = yaml.safe_load((ROOT / "k8s/overlays/daemonset/daemonset.yaml").read_text(encoding="utf-8"))
+    context = workload["spec"]["template"]["spec"]["securityContext"]
+    daemon = stage("daemon")
+    assert daemon["USER"] == [f"{context['runAsUser']}:{context['runAsGroup']}"]
+    assert daemon["ENTRYPOINT"] == ['["kvservice"]']
+    words = list(daemon)
+    assert words.index("RUN") < words.index("USER"), "what the image needs is installed before it stops being root"
+
+
+def test_the_health_check_asks_the_port_that_is_the_default() -> None:
+    (health,) = stage("daemon")["HEALTHCHECK"]
+    assert f"http://127.0.0.1:{Config().http_port}/livez" in health
+    assert Config().http_host == "127.0.0.1"
