@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 # The daemon's image, and one for engines.
 #
-#   docker build --build-arg VARIANT=cpu  --tag kvservice:0.1.0-cpu  --target daemon .
-#   docker build --build-arg VARIANT=cuda --tag kvservice:0.1.0-cuda --target daemon .
+#   docker build --build-arg DEVICE_PLANE=off  --tag kvservice:0.1.0-cpu  --target daemon .
+#   docker build --build-arg DEVICE_PLANE=auto --tag kvservice:0.1.0-cuda --target daemon .
 #   docker build --build-arg ENGINE_IMAGE=vllm/vllm-openai:v0.32.0 --tag kvservice-vllm:0.1.0-cuda --target engine .
 #
 # BASE_IMAGE should be pinned by digest where images are released. scripts/build_image_in_chroot.py runs the stages of
@@ -18,19 +18,16 @@ RUN apt-get update -q \
 # Without a cache, and without bytecode until the end, which the read-only image cannot write later.
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /source
-COPY image/build-constraints.txt image/cuda-constraints.txt constraints.txt ./
+COPY image/build-constraints.txt constraints.txt ./
 RUN python3 -m venv /opt/build && /opt/build/bin/pip install --quiet --requirement build-constraints.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY kvservice kvservice
 COPY client client
 COPY engine_adapters engine_adapters
 RUN /opt/build/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheels .
-# cpu or cuda. The extras' packages come from the pins; pip itself is of no use in the image.
-ARG VARIANT=cpu
+# pip itself is of no use in the image.
 RUN python3 -m venv /opt/kvservice \
-    && case "$VARIANT" in cpu) extras=daemon ;; cuda) extras=daemon,cuda ;; *) echo "VARIANT is cpu or cuda" >&2; exit 1 ;; esac \
-    && /opt/kvservice/bin/pip install --quiet --constraint constraints.txt --constraint cuda-constraints.txt \
-    "$(echo /wheels/kvservice-*.whl)[$extras]" \
+    && /opt/kvservice/bin/pip install --quiet --constraint constraints.txt "$(echo /wheels/kvservice-*.whl)[daemon]" \
     && /opt/kvservice/bin/pip check \
     && /opt/kvservice/bin/pip uninstall --quiet --yes pip setuptools \
     && python3 -m compileall -q /opt/kvservice
@@ -46,6 +43,9 @@ RUN apt-get update -q \
 COPY --from=build /opt/kvservice /opt/kvservice
 ENV PATH=/opt/kvservice/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# The variant: off for nodes without a GPU, auto where NVIDIA's runtime brings libcuda. No CUDA package is installed.
+ARG DEVICE_PLANE=off
+ENV KVSERVICE_DEVICE_PLANE=${DEVICE_PLANE}
 USER 65532:65532
 EXPOSE 9477
 # Kubernetes has probes of its own (k8s/) and ignores this.

@@ -1,6 +1,6 @@
 """Run the Dockerfile's stages in plain directories, where no container engine is: as root, with debootstrap and chroot.
 
-    python scripts/build_image_in_chroot.py BASE WORK [--variant cpu]
+    python scripts/build_image_in_chroot.py BASE WORK [--device-plane off]
 
 BASE is what the stages start from: a directory that `debootstrap --variant=minbase bookworm BASE` filled. WORK gets one
 directory per stage. Then the daemon is started in its stage as its user, on a read-only root, and its HEALTHCHECK runs.
@@ -69,7 +69,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
     return [(word, rest) for line in joined.splitlines() if line for word, _, rest in [line.partition(" ")]]
 
 
-def build(base: Path, work: Path, *, variant: str) -> Stage:
+def build(base: Path, work: Path, *, device_plane: str) -> Stage:
     """Run every stage but the engine's; the daemon's."""
     stages: dict[str, Stage] = {}
     stage = Stage(base)
@@ -83,16 +83,18 @@ def build(base: Path, work: Path, *, variant: str) -> Stage:
             _lend(stage.directory)
         elif stages:
             print(f"{word} {rest[:100]}", flush=True)
-            _apply(stage, stages, word, rest, variant=variant)
+            _apply(stage, stages, word, rest, device_plane=device_plane)
     return stages["daemon"]
 
 
-def _apply(stage: Stage, stages: dict[str, Stage], word: str, rest: str, *, variant: str) -> None:
+def _apply(stage: Stage, stages: dict[str, Stage], word: str, rest: str, *, device_plane: str) -> None:
     match word:
         case "ARG":
             name, _, value = rest.partition("=")
-            stage.arguments[name] = variant if name == "VARIANT" else value
+            stage.arguments[name] = device_plane if name == "DEVICE_PLANE" else value
         case "ENV":
+            for name, value in stage.arguments.items():
+                rest = rest.replace(f"${{{name}}}", value)
             stage.environment |= dict(part.split("=", 1) for part in shlex.split(rest))
         case "WORKDIR":
             stage.working_directory = rest
@@ -167,12 +169,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--variant", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device-plane", default="off", choices=("off", "auto"))
     chosen = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("chroot needs root")
     chosen.work.mkdir(parents=True)
-    daemon = build(chosen.base, chosen.work, variant=chosen.variant)
+    daemon = build(chosen.base, chosen.work, device_plane=chosen.device_plane)
     prove(daemon)
     added = [subprocess.run(["du", "-sm", str(of)], capture_output=True, text=True, check=True).stdout.split()[0]
              for of in (chosen.base, daemon.directory)]  # fmt: skip

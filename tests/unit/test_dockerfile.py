@@ -45,18 +45,20 @@ def test_every_image_and_package_has_a_version() -> None:
         assert all("==" in pin for pin in pins), file
 
 
-def test_the_extras_that_the_variants_install_exist_and_are_pinned() -> None:
+def test_the_extra_that_it_installs_is_pinned() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    pinned = {
-        line.partition("==")[0].lower()
-        for file in ("constraints.txt", "image/cuda-constraints.txt")
-        for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
-    }
-    named = {extra for variant in re.findall(r"extras=([a-z,]+)", TEXT) for extra in variant.split(",")}
-    assert named == {"daemon", "cuda"}
-    for extra in named:
-        for requirement in extras[extra]:
-            assert re.split(r"[><=\[]", requirement)[0].lower() in pinned, requirement
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    (extra,) = set(re.findall(r"\.whl\)\[([a-z,]+)\]", TEXT))
+    for requirement in extras[extra]:
+        assert re.split(r"[><=\[]", requirement)[0].lower() in {pin.partition("==")[0].lower() for pin in pins}
+
+
+def test_the_variant_is_a_value_that_the_knob_takes() -> None:
+    variants = set(re.findall(r"--build-arg DEVICE_PLANE=(\w+)", TEXT))
+    assert variants == {"off", "auto"}
+    for variant in variants:
+        assert Config.load({}, {"KVSERVICE_DEVICE_PLANE": variant}).device_plane == variant
+    assert "KVSERVICE_DEVICE_PLANE=${DEVICE_PLANE}" in stage("daemon")["ENV"]
 
 
 def test_the_daemon_runs_as_the_user_of_the_manifests() -> None:
