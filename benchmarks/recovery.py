@@ -39,7 +39,7 @@ _START_TIMEOUT_S = 120.0
 _IDLE_CALLS = 3000
 _WARM_UP_CALLS = 50
 _DRAM_BYTES = 64 * _MIB
-_DATA_ROOM_BYTES = 12 << 30
+_DATA_ROOM_BYTES = 32 << 30
 _INDEX_BYTES_PER_BLOCK = 16 * 1024
 """A volume gives a sixteenth of its bound to its index: a million blocks need about 15 GiB of bound."""
 
