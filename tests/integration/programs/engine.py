@@ -65,7 +65,7 @@ class Engine:
             piece != content(block_hash, self.size_bytes)
             for block_hash, piece in zip(hashes[: loaded.blocks], pieces, strict=False)
         )
-        return dataclasses.asdict(loaded) | {"wrong": wrong}
+        return {"blocks": loaded.blocks, "reason": loaded.reason, "wrong": wrong}
 
     def lookup(self, name: str, blocks: int) -> dict[str, Any]:
         return dataclasses.asdict(self.client.lookup(chain(name, blocks)))
