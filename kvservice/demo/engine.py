@@ -41,6 +41,7 @@ from kvservice.demo.user_turns import make_turns
 from kvservice_adapters.service import KVClient
 from kvservice_adapters.serving import Request, Result, ServingLoop
 from kvservice_adapters.transformers import DrainOutcome, ServedModel, TransformersAdapter, serve_model
+from kvservice_adapters.truncation import TruncationPolicy
 
 TOKENS_PER_BLOCK = 16
 
@@ -150,6 +151,9 @@ class Engine:
         self._served = serve_model(
             self._model, tokens_per_block=TOKENS_PER_BLOCK, weights_identity=arguments.weights_identity
         )
+        truncation = None
+        if arguments.truncate:
+            truncation = TruncationPolicy(arguments.window_tokens, tokens_per_block=TOKENS_PER_BLOCK)
         self._client: FaultyClient | None = None
         self._adapter: TransformersAdapter | None = None
         if arguments.socket_dir:
@@ -162,8 +166,15 @@ class Engine:
                 self._client,
                 tokens_per_block=TOKENS_PER_BLOCK,
                 weights_identity=arguments.weights_identity,
+                truncation=truncation,
             )
-        self._loop = ServingLoop(self._model, self._adapter, rows=arguments.rows, window_tokens=arguments.window_tokens)
+        self._loop = ServingLoop(
+            self._model,
+            self._adapter,
+            rows=arguments.rows,
+            window_tokens=arguments.window_tokens,
+            truncation=truncation,
+        )
         self._loop.warm_up()
 
     def ready(self) -> Ready:
@@ -253,6 +264,7 @@ def _finished(result: Result, dram_blocks: int, nvme_blocks: int) -> Finished:
         request_id=result.request_id,
         tokens=list(result.tokens),
         prompt_tokens=result.prompt_tokens,
+        dropped_tokens=result.dropped_tokens,
         reused_tokens=result.reused_tokens,
         computed_tokens=result.computed_tokens,
         dram_blocks=dram_blocks,
@@ -299,6 +311,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--name", default="demo engine")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--window-tokens", type=int, default=4096)
+    parser.add_argument("--truncate", action="store_true", help="cut conversations that outgrow the window")
     parser.add_argument("--sabotage", default="", choices=("", "lose-blocks", "corrupt-blocks"))
     arguments = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

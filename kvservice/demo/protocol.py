@@ -86,12 +86,14 @@ class FirstToken:
 class Finished:
     """A request is done. Logits are those after the prompt, float32 little-endian in base64.
 
-    `dram_blocks` and `nvme_blocks`: where the blocks that it loaded were when it asked for them.
+    `dropped_tokens`: of the conversation, left out of the prompt so that it fits. `dram_blocks` and `nvme_blocks`:
+    where the blocks that it loaded were when it asked for them.
     """
 
     request_id: str
     tokens: list[int]
     prompt_tokens: int
+    dropped_tokens: int
     reused_tokens: int
     computed_tokens: int
     dram_blocks: int

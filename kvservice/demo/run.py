@@ -72,6 +72,7 @@ class Demo:
                 f"process {daemon.process_id}, {daemon.wait_recovered(_DAEMON_TIMEOUT_S)} blocks found again"
             )
             control = self._resume_restarted(daemon, range(daemon_restart, scale.turns))
+            self._overflow(daemon)
             daemon.stop()
         return control
 
@@ -82,11 +83,11 @@ class Demo:
         self._shown.step(f"{(folder / 'model.safetensors').stat().st_size >> 20} MiB")
         return folder
 
-    def _engine(self, name: str, *extra: str) -> EngineProcess:
+    def _engine(self, name: str, *extra: str, window_tokens: int = 0) -> EngineProcess:
         arguments = ["--model", str(self._model), "--weights-identity", self._weights_identity]
         arguments += ["--dtype", self._dtype, "--name", name, "--rows", str(self._scale.conversations)]
         # Every turn is cut to its length, so no conversation grows beyond this.
-        arguments += ["--window-tokens", str(self._scale.conversation_tokens)]
+        arguments += ["--window-tokens", str(window_tokens or self._scale.conversation_tokens)]
         return EngineProcess(name, [*arguments, *extra], self._folder)
 
     @contextmanager
@@ -148,6 +149,50 @@ class Demo:
             control = self._run_control(engine, turns[-1])
             engine.quit()
         return control
+
+    def _overflow(self, daemon: DaemonProcess) -> None:
+        """One more conversation, with a window that it outgrows; then the same prompts recomputed."""
+        scale, turns = self._scale, range(self._scale.overflow_turns)
+        self._shown.phase("Engine 4: a conversation that outgrows its window", steps=2 * len(turns) + 2)
+        extra = ["--truncate", *(["--sabotage", self._sabotage] if self._sabotage else [])]
+        window_tokens = scale.overflow_window_tokens
+        resumed: list[Finished] = []
+        with self._engine(
+            "engine 4", "--socket-dir", str(daemon.socket_dir), *extra, window_tokens=window_tokens
+        ) as engine:
+            ready = engine.wait_ready(ANSWER_TIMEOUT_S)
+            first, following = scale.overflow_first_turn_tokens, scale.overflow_next_turn_tokens
+            # One more than those before: the first ones begin like the conversations that are saved already.
+            engine.send(MakeUserTurns(scale.conversations + 1, len(turns), first, following))
+            said = engine.expect(UserTurns, ANSWER_TIMEOUT_S, doing="making the user's turns")
+            conversation = Conversation(scale.conversations, said.tokens[-1])
+            self._shown.step(f"process {ready.process_id}, a window of {window_tokens} tokens")
+            for turn in turns:
+                resumed.append(run_one(engine, conversation.request(turn, answer_tokens=scale.answer_tokens)))
+                conversation.answers.append(resumed[-1].tokens)
+                drain(engine)  # the user reads the answer
+                self._shown.step(f"turn {turn + 1}: {resumed[-1].computed_tokens} tokens computed")
+            engine.quit()
+        with self._engine("second reference engine", "--truncate", window_tokens=window_tokens) as engine:
+            engine.wait_ready(ANSWER_TIMEOUT_S)
+            self._shown.step("the same prompts, cut in the same way and recomputed")
+            for turn in turns:
+                reference = run_one(engine, conversation.request(turn, answer_tokens=scale.answer_tokens))
+                row = compare(
+                    reference,
+                    resumed[turn],
+                    conversation=conversation.index,
+                    turn=turn,
+                    engine="engine 4",
+                    history_tokens=resumed[turn].prompt_tokens - len(conversation.user_turns[turn]),
+                    history_reproduced=True,
+                    from_nvme=False,
+                    tokens_per_block=ready.tokens_per_block,
+                    dtype=ready.dtype,
+                )
+                self.rows.append(row)
+                self._shown.row(row)
+            engine.quit()
 
     def _attached_engine(self, name: str, daemon: DaemonProcess, turns: range, phase: str) -> EngineProcess:
         numbers = f"turn {turns[0] + 1}" + (f" to {turns[-1] + 1}" if len(turns) > 1 else "")
@@ -290,6 +335,10 @@ def _print_words(console: Console, summary: Summary, control: Control, problems:
             f"{summary.prefill_saved:.0%} of the prefill was saved."
         ),
         f"{summary.nvme_turns} turns resumed from NVMe, after the daemon's restart.",
+        (
+            f"{summary.truncated_turns} turns after a window had overflowed: their tokens are approximate, "
+            "see docs/truncation.md."
+        ),
         f"Tokens were identical in {summary.identical_turns} of {summary.turns} turns{identity}",
         (
             f"Control: with corrupted keys and values the tokens {difference} "

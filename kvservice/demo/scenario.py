@@ -24,6 +24,19 @@ class Scale:
     first_turn_tokens: int = 1400
     next_turn_tokens: int = 120
     answer_tokens: int = 20
+    # One more conversation outgrows a window of this size, again and again.
+    overflow_window_tokens: int = 1024
+    overflow_turns: int = 8
+
+    @property
+    def overflow_first_turn_tokens(self) -> int:
+        """Five eighths of the window: the third or fourth turn does not fit any more."""
+        return self.overflow_window_tokens * 5 // 8
+
+    @property
+    def overflow_next_turn_tokens(self) -> int:
+        """An eighth of the window."""
+        return self.overflow_window_tokens // 8
 
     @property
     def conversation_tokens(self) -> int:
@@ -44,7 +57,7 @@ class Scale:
         return replace(self, first_turn_tokens=self.first_turn_tokens - excess)
 
 
-ON_GPU = Scale(first_turn_tokens=6000, next_turn_tokens=250)
+ON_GPU = Scale(first_turn_tokens=6000, next_turn_tokens=250, overflow_window_tokens=4096)
 QUICK = Scale(
     conversations=2,
     turns=4,
@@ -53,6 +66,7 @@ QUICK = Scale(
     first_turn_tokens=200,
     next_turn_tokens=40,
     answer_tokens=12,
+    overflow_window_tokens=256,
 )
 
 

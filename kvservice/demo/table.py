@@ -29,7 +29,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     table = Table(title=_TITLE, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     headings = (
         "con-\nvers.", "turn", "en-\ngine", "his-\ntory", "\nreused", "\nfrom", "com-\nputed", "TTFT ms\nrecomp.",
-        "TTFT ms\nresumed", "speed-\nup", "\ntokens", "logits\ndiff",
+        "TTFT ms\nresumed", "speed-\nup", "\ntokens", "logits\ndiff", "drop-\nped",
     )  # fmt: skip
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
@@ -54,8 +54,9 @@ def _cells(row: Row) -> list[str]:
         f"{row.ttft_recomputed_ms:.1f}",
         f"{row.ttft_resumed_ms:.1f}",
         f"{row.speed_up:.1f}x" if row.history_tokens else "-",
-        "same" if row.tokens_identical else "DIFFER",
-        f"{row.logits_difference_max:.1e}",
+        "same" if row.tokens_identical else "approx" if row.dropped_tokens else "DIFFER",
+        f"{row.logits_difference_max:.0e}",
+        f"{row.dropped_tokens:,}" if row.dropped_tokens else "-",
     ]
 
 
@@ -109,7 +110,8 @@ class Progressing:
             f"{row.reused_tokens} of them from {row.origin}, {row.computed_tokens} computed, "
             f"first token after {row.ttft_resumed_ms:.1f} ms "
             f"(recomputed: {row.ttft_recomputed_ms:.1f}), "
-            f"tokens {'identical' if row.tokens_identical else 'DIFFER'}"
+            f"tokens {'identical' if row.tokens_identical else 'approximate' if row.dropped_tokens else 'DIFFER'}"
+            + (f", {row.dropped_tokens} tokens dropped" if row.dropped_tokens else "")
         )
 
     def _say(self, line: str) -> None:

@@ -23,7 +23,7 @@ def test_conversations_resume_and_the_status_is_zero(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All checks passed." in done.stdout
     written = json.loads(rows_file.read_text())
-    rows = written["rows"]
+    rows = [row for row in written["rows"] if row["engine"] != "engine 4"]
     assert [(row["conversation"], row["turn"], row["engine"]) for row in rows] == [
         (1, 1, "engine 1"),
         (2, 1, "engine 1"),
@@ -49,6 +49,13 @@ def test_conversations_resume_and_the_status_is_zero(tmp_path: Path) -> None:
         assert row["reused_tokens"] + row["computed_tokens"] == row["history_tokens"] + row["new_tokens"]
         assert row["computed_tokens"] <= row["new_tokens"] + 16
         assert row["reused_tokens"] > 0 or row["turn"] == 1
+    overflowing = [row for row in written["rows"] if row["engine"] == "engine 4"]
+    assert [row["turn"] for row in overflowing] == list(range(1, 9))
+    assert len({row["dropped_tokens"] for row in overflowing}) >= 3, "the window overflowed at least twice"
+    for row in overflowing[1:]:
+        assert row["computed_tokens"] <= row["new_tokens"] + 16
+        assert row["reused_tokens"] > 0
+    assert written["summary"]["truncated_turns"] == sum(row["dropped_tokens"] > 0 for row in overflowing) >= 4
     assert written["control"]["tokens_differ"]
     assert written["control"]["sound_tokens_identical"]
     assert written["problems"] == []

@@ -16,6 +16,7 @@ RECOMPUTED = Finished(
     request_id="0.2",
     tokens=[1, 2, 3],
     prompt_tokens=100,
+    dropped_tokens=0,
     reused_tokens=0,
     computed_tokens=100,
     dram_blocks=0,
@@ -68,3 +69,13 @@ def test_both_tiers_are_named_where_both_gave_blocks() -> None:
     row = row_of(dataclasses.replace(RESUMED, dram_blocks=2, nvme_blocks=3), from_nvme=False)
     assert (row.origin, row.problems) == ("DRAM+NVMe", ())
     assert row_of(dataclasses.replace(RESUMED, nvme_blocks=0), from_nvme=False).origin == "-"
+
+
+def test_a_truncated_turn_may_say_something_else_but_must_reuse() -> None:
+    cut = {"dropped_tokens": 64, "tokens": [9, 9, 9], "logits_base64": encode_logits(np.full(8, 2, dtype=np.float32))}
+    assert row_of(dataclasses.replace(RESUMED, **cut)).problems == ()  # type: ignore[arg-type]
+    recomputed = {**cut, "reused_tokens": 0, "computed_tokens": 100, "nvme_blocks": 0}
+    row = row_of(dataclasses.replace(RESUMED, **recomputed), from_nvme=False)  # type: ignore[arg-type]
+    assert any("nothing was reused after the window overflowed" in problem for problem in row.problems)
+    lost = {**cut, "logits_base64": encode_logits(np.full(8, np.nan, dtype=np.float32))}
+    assert row_of(dataclasses.replace(RESUMED, **lost)).problems  # type: ignore[arg-type]
