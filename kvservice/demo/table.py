@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kvservice.demo.checks import Row
 
-_TITLE = "Turns recomputed by an engine without the service, and resumed from it"
+_TITLE = "Turns recomputed without the service and resumed from it; TTFT in ms"
 _FILE_WIDTH = 120
 
 
@@ -28,8 +28,8 @@ def table_of(rows: Sequence[Row]) -> Table:
     """All turns so far, one line each; 79 columns wide."""
     table = Table(title=_TITLE, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     headings = (
-        "con-\nvers.", "turn", "en-\ngine", "his-\ntory", "\nreused", "\nfrom", "com-\nputed", "TTFT ms\nrecomp.",
-        "TTFT ms\nresumed", "speed-\nup", "\ntokens", "logits\ndiff", "drop-\nped",
+        "con-\nver.", "turn", "en-\ngine", "his-\ntory", "\nreused", "\nfrom", "com-\nputed", "TTFT\nrecom.",
+        "TTFT\nresum.", "fas-\nter", "\ntokens", "log.\ndiff", "drop-\nped",
     )  # fmt: skip
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
