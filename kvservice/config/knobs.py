@@ -11,17 +11,8 @@ from typing import Self
 
 from kvservice.config import checks, document, sources
 from kvservice.config.fields import knob, knobs_of, table_knob
+from kvservice.config.sections import DRAM, EVICTION, LEASES, LIFECYCLE, LIMITS, NETWORK, NVME, SAVINGS, SOCKETS
 from kvservice.config.values import GIB, KIB, MIB, RULE_SETTINGS, NamespaceRule
-
-SOCKETS = "Sockets and access"
-DRAM = "DRAM tier"
-NVME = "NVMe tier"
-EVICTION = "Eviction"
-LEASES = "Leases and reservations"
-LIMITS = "Limits on what clients may ask for"
-LIFECYCLE = "Background work, draining, logs"
-NETWORK = "TCP and HTTP"
-SAVINGS = "Estimates of what was saved"
 
 POLICIES = ("fifo", "lru", "lookahead", "predictive")
 """Names of the eviction policies; the room `policies` implements each."""

@@ -26,6 +26,7 @@ from kvservice.history import History
 from kvservice.metrics import Metrics
 from kvservice.policies import EvictionPolicy
 from kvservice.sessions import Sessions
+from kvservice.store.invariants import check_namespace
 from kvservice.store.namespace import Namespace
 
 HASH_BYTES = 8
@@ -112,7 +113,7 @@ class Tiers:
 
     def check(self) -> None:
         """Assert that occupancy is what the books say and within capacity. For tests; O(n)."""
-        self.namespace.check()
+        check_namespace(self.namespace)
         index = self.namespace.index
         present = np.flatnonzero(index.state)
         assert self.dram_used <= self.dram_blocks, "more blocks in DRAM than it has"

@@ -317,24 +317,6 @@ class Namespace:
         in_dram = np.count_nonzero(self.index.slot[list(kept)] != NO_SLOT)
         return int(np.count_nonzero(owned) - in_dram)
 
-    def check(self) -> None:
-        """Assert this namespace's invariants. For tests; O(n)."""
-        self.index.check()
-        self.pool.check()
-        self.sessions.check()
-        aliases = np.flatnonzero(self.index.source != NO_ROW)
-        self.aliases.check(aliases.tolist(), self.index.source[aliases].tolist())
-        unnamed = np.flatnonzero(self.index.state == State.UNNAMED).tolist()
-        assert all(map(self.aliases.of_source, unnamed)), "bytes that nothing names"
-        present = np.flatnonzero(self.index.state != State.ABSENT)
-        present = present[self.index.slot[present] != NO_SLOT]
-        slots = self.index.slot[present]
-        assert (self.pool.row_of[slots] == present).all(), "a row's slot belongs to another row"
-        owned = np.flatnonzero(self.pool.row_of != NO_ROW)
-        assert len(owned) == len(present), "a slot belongs to a row that is absent or not in DRAM"
-        reserved = self.index.state[present] == State.RESERVED
-        assert (self.pool.holders[slots[reserved]] > 0).all(), "a reserved block without its writer"
-
     def _memories(self, rows: Rows) -> Memories:
         """What the policy had remembered of blocks with these rows' hashes when they left before."""
         departures = map(self.history.find, map(self.index.hash_of, rows.tolist()))
