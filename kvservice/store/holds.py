@@ -9,6 +9,7 @@ from kvservice.errors import InvalidRequest
 from kvservice.leases import Hold, HoldKind, Leases
 from kvservice.metrics import Metrics
 from kvservice.store.namespace import Namespace, Peer
+from kvservice.store.outcomes import Ended
 
 
 class Holds:
@@ -76,6 +77,37 @@ class Holds:
         if len({hold.hold_id for hold in found}) != len(found):
             raise InvalidRequest(f"a {kind.value} is named twice", field=f"{kind.value}_ids")
         return found
+
+    def renew(self, instance: Peer, lease_ids: Sequence[int], reservation_ids: Sequence[int], asked_s: float) -> float:
+        """Extend holds, all or none; how long they last now, in seconds.
+
+        Raises:
+            LeaseUnknown, LeaseExpired, ReservationLost.
+        """
+        now_s, duration_s = self._clock(), self.duration_s(asked_s)
+        holds = self.find(instance, HoldKind.READ, lease_ids) + self.find(instance, HoldKind.WRITE, reservation_ids)
+        for hold in holds:
+            self.leases.require_live(hold, now_s)
+        for hold in holds:
+            self.leases.renew(hold, now_s=now_s, duration_s=duration_s)
+        return duration_s
+
+    def release(self, instance: Peer, lease_ids: Sequence[int], request_id: str, attempt_ids: Sequence[int]) -> Ended:
+        """End leases, all holds of a request, and what attempts were granted; all or none.
+
+        Raises:
+            LeaseUnknown, InvalidRequest: see `find`.
+        """
+        holds = self.find(instance, HoldKind.READ, lease_ids)
+        if request_id:
+            holds += [hold for hold in self.leases.of_request(instance.instance_id, request_id) if hold not in holds]
+        if attempt_ids:
+            holds += [hold for hold in self.leases.give_up(instance.instance_id, attempt_ids) if hold not in holds]
+        for hold in holds:
+            self.end(hold)
+        now_s = self._clock()
+        expired = sum(hold.expired or hold.expires_at_s <= now_s for hold in holds)
+        return Ended(len(holds) - expired, expired)
 
     def expire(self, holds: Sequence[Hold]) -> None:
         """These were marked as expired: others may write the blocks, but nobody may have the slots."""

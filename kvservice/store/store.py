@@ -284,14 +284,7 @@ class Store:
         Raises:
             LeaseUnknown, LeaseExpired, ReservationLost.
         """
-        now_s, duration_s = self.clock(), self._holds.duration_s(duration_s)
-        holds = self._holds.find(instance, HoldKind.READ, lease_ids)
-        holds += self._holds.find(instance, HoldKind.WRITE, reservation_ids)
-        for hold in holds:
-            self.leases.require_live(hold, now_s)
-        for hold in holds:
-            self.leases.renew(hold, now_s=now_s, duration_s=duration_s)
-        return Renewed(duration_s)
+        return Renewed(self._holds.renew(instance, lease_ids, reservation_ids, duration_s))
 
     def release(
         self, instance: Peer, lease_ids: Sequence[int], request_id: str = "", attempt_ids: Sequence[int] = ()
@@ -301,17 +294,10 @@ class Store:
         Raises:
             LeaseUnknown: a lease id is not this instance's. InvalidRequest: one is named twice.
         """
-        holds = self._holds.find(instance, HoldKind.READ, lease_ids)
+        released = self._holds.release(instance, lease_ids, request_id, attempt_ids)
         if request_id:
             self._reading.give_up(instance, request_id)
-            holds += [hold for hold in self.leases.of_request(instance.instance_id, request_id) if hold not in holds]
-        if attempt_ids:
-            holds += [hold for hold in self.leases.give_up(instance.instance_id, attempt_ids) if hold not in holds]
-        for hold in holds:
-            self._holds.end(hold)
-        now_s = self.clock()
-        expired = sum(hold.expired or hold.expires_at_s <= now_s for hold in holds)
-        return Ended(len(holds) - expired, expired)
+        return released
 
     def plan_load(self, instance: Peer, namespace_id: int, packed: bytes, engine: Speeds) -> PlannedLoad:
         """How many leading blocks to load rather than to recompute. No side effect."""
