@@ -41,7 +41,7 @@ def test_an_absent_daemon_costs_the_reuse_until_it_is_there(
     assert (again["tokens"], again["computed"]) == (first["tokens"], TAIL_TOKENS)
 
 
-@pytest.mark.parametrize("rpc", ["Lookup", "Get", "Release", "Put", "Commit", "Abort", "Prefetch"])
+@pytest.mark.parametrize("rpc", ["PlanLoad", "UpdateQueue", "Get", "Release", "Put", "Commit", "Abort", "Prefetch"])
 def test_any_call_may_fail(served: VllmEngine, rpc: str) -> None:
     ids, new = prompt(f"held {rpc}"), prompt(f"new {rpc}")
     expected = computed_before(served, ids)
@@ -52,7 +52,7 @@ def test_any_call_may_fail(served: VllmEngine, rpc: str) -> None:
     assert served.do("free_blocks") == free
     counts = served.do("counts")
     assert "hook_errors" not in counts
-    if rpc == "Lookup":
+    if rpc == "PlanLoad":
         assert counts["failed_lookups:unavailable"] == 2
     if rpc == "Get":
         assert counts["unloaded_blocks:unavailable"] == HELD_TOKENS // TOKENS_PER_BLOCK
