@@ -73,7 +73,13 @@ class Node:
         await self.store.journal.append_all()
 
     async def quiet(self) -> None:
-        """No byte moves any more."""
+        """No byte moves any more, and nothing is held but by engines."""
+        checksummer = self.store.checksummer
+        while checksummer.queued_blocks or any(map(checksummer.is_holding, self.store.namespaces.values())):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await self._moved()
+
+    async def _moved(self) -> None:
         namespaces = self.store.namespaces.values()
         while self.store.write_behind.is_busy or any(namespace.arrivals for namespace in namespaces):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
@@ -87,7 +93,7 @@ class Node:
         for task in self._work:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
-        await self.quiet()
+        await self._moved()
         await self.store.durability.close()
         self.store.close()
 

@@ -153,7 +153,7 @@ class Movement:
         for row in rows[:granted].tolist():
             namespace.index.attach_extent(row, row)  # a number of its own is all that an extent needs
         namespace.index.dirty[rows] = False
-        namespace.end_hold(slots)
+        namespace.end_work(slots)
         self._outcome.written_blocks += granted
 
     def _pieces(self, rows: Rows) -> list[Rows]:

@@ -87,7 +87,7 @@ class Checksummer:
                         sums = await loop.run_in_executor(self._executor, _checksums, namespace.pool, slots, size_bytes)
                         _record(namespace, slots, sums)
                     finally:
-                        namespace.end_hold(slots)
+                        namespace.end_work(slots)
                         self._at_work_on = None
                         self._batch_done.set()
                     self._metrics.checksummed_blocks.inc(len(slots))

@@ -137,6 +137,14 @@ class Namespace:
         # Blocks that were passed over by eviction while held take their place in the order again.
         self.policy.released(rows[self.index.state[rows] >= State.RESIDENT])
 
+    def end_work(self, slots: Slots) -> None:
+        """The daemon's own work (checksums, writing) let go of these slots (chain order): that was no use of theirs."""
+        rows = self.pool.row_of[slots]
+        self.pool.unhold(slots)
+        rows = rows[rows != NO_ROW]
+        for row in rows[self.index.state[rows] >= State.RESIDENT].tolist():
+            self.policy.exposed(row)  # in front again if eviction passed it over meanwhile, else where it is
+
     def drop(self, row: int, reason: DropReason, now_s: float) -> None:
         """Take out a block that has nothing behind it, and its aliases. Its slot is free at once unless held."""
         index = self.index

@@ -235,7 +235,7 @@ class WriteBehind:
             self._metrics.nvme_given_up_blocks.inc(len(rows) - taken)
             owned = namespace.pool.row_of[slots] == rows
             index.dirty[rows[owned]] = False
-            namespace.end_hold(slots)
+            namespace.end_work(slots)
 
     def _blocks(self, namespace: Namespace, rows: Rows, slots: Slots, extents: Sequence[int]) -> list[_Block]:
         index = namespace.index

@@ -72,6 +72,19 @@ def test_leased_blocks_stay_whatever_comes(workplace: Workplace, engine: Engine)
     assert held(engine, "j", 16) == 16
 
 
+def test_what_the_daemon_itself_holds_for_a_while_is_not_used_by_that(workplace: Workplace, engine: Engine) -> None:
+    workplace.save(engine, chain("old", 6))
+    workplace.save(engine, chain("new", 6))
+    namespace = engine.namespace
+    slots = namespace.index.slot[namespace.index.rows_of(chain("old", 6))]
+    namespace.pool.hold(slots)  # as the checksummer and write-behind do
+    workplace.save(engine, chain("x", 6))
+    assert [held(engine, name, 6) for name in ("old", "new", "x")] == [6, 4, 6], "eviction passed over what is held"
+    namespace.end_work(slots)
+    workplace.save(engine, chain("y", 4))
+    assert [held(engine, name, 6) for name in ("old", "new", "x", "y")] == [2, 4, 6, 4], "it is the oldest still"
+
+
 def test_a_full_arena_with_everything_leased_refuses_and_evicts_nothing(workplace: Workplace, engine: Engine) -> None:
     workplace.save(engine, chain("a", 16))
     engine.get(chain("a", 16))
