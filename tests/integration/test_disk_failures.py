@@ -40,8 +40,8 @@ def on_nvme_only(client: kv.Client, chains: int) -> str:
 
 
 def in_dram(client: kv.Client, chains: int) -> str:
-    """The name of a chain that is in DRAM as a whole."""
-    names = [f"c{number}" for number in range(chains)]
+    """The name of the last chain that is in DRAM as a whole; the first ones leave it as the watermarks are kept."""
+    names = [f"c{number}" for number in reversed(range(chains))]
     return next(name for name in names if client.lookup(chain(name, BLOCKS)).dram_blocks == BLOCKS)
 
 
