@@ -130,6 +130,12 @@ class Instances(Generic[NamespaceT]):
         instance.is_attached = True
         instance.name = name
 
+    def tell(self, notice: Notice, *, attached_to: NamespaceT | None = None) -> None:
+        """All instances get the notice, or those that attached that namespace."""
+        for instance in self:
+            if attached_to is None or attached_to in instance.namespaces:
+                instance.notify(notice)
+
     def detach(self, instance: Instance[NamespaceT]) -> None:
         """Its stream ended; the process may still be there."""
         instance.is_attached = False

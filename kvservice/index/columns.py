@@ -1,4 +1,4 @@
-"""What the index keeps of each row, and the states a row goes through."""
+"""What the index keeps of each row, the memory for it, and the states a row goes through."""
 
 from __future__ import annotations
 
@@ -46,3 +46,39 @@ class State:
     WRITTEN: Final = 2
     RESIDENT: Final = 3
     UNNAMED: Final = 4
+
+
+class Columns:
+    """One numpy array per thing that is kept of each row."""
+
+    def __init__(self) -> None:
+        self.parent: np.ndarray
+        self.first_child: np.ndarray
+        self.next_sibling: np.ndarray
+        self.previous_sibling: np.ndarray
+        self.depth: np.ndarray
+        self.slot: np.ndarray
+        self.extent: np.ndarray
+        self.source: np.ndarray
+        self.owner: np.ndarray
+        self.dram_children: np.ndarray
+        self.nvme_children: np.ndarray
+        self.arriving: np.ndarray
+        self.prefetched: np.ndarray
+        self.dirty: np.ndarray
+        self.state: np.ndarray
+        self.checksummed: np.ndarray
+        self.checksum: np.ndarray
+        self.uses: np.ndarray
+        self.last_used_s: np.ndarray
+        self.committed_at_s: np.ndarray
+        self._capacity = 0
+        self._grow_to(1024)
+
+    def _grow_to(self, capacity: int) -> None:
+        for name, (dtype, blank) in COLUMNS.items():
+            grown: np.ndarray = np.full(capacity, blank, dtype=dtype) if blank else np.zeros(capacity, dtype=dtype)
+            if self._capacity:
+                grown[: self._capacity] = getattr(self, name)
+            setattr(self, name, grown)
+        self._capacity = capacity

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Chain, Rows, Slots
 from kvservice.errors import InvalidRequest
 from kvservice.index.columns import COLUMNS, NO_OWNER, State
+from kvservice.index.tree import Tree
 
 
-class Index:
+class Index(Tree):
     """The blocks of one namespace. Not thread-safe: the event loop owns it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._rows: dict[BlockHash, int] = {}
         self._hashes: list[BlockHash | None] = []
         self._free: list[int] = []
         self._written = 0
-        self._capacity = 0
-        self.parent: np.ndarray
-        self.first_child: np.ndarray
-        self.next_sibling: np.ndarray
-        self.previous_sibling: np.ndarray
-        self.depth: np.ndarray
-        self.slot: np.ndarray
-        self.extent: np.ndarray
-        self.source: np.ndarray
-        self.owner: np.ndarray
-        self.dram_children: np.ndarray
-        self.nvme_children: np.ndarray
-        self.arriving: np.ndarray
-        self.prefetched: np.ndarray
-        self.dirty: np.ndarray
-        self.state: np.ndarray
-        self.checksummed: np.ndarray
-        self.checksum: np.ndarray
-        self.uses: np.ndarray
-        self.last_used_s: np.ndarray
-        self.committed_at_s: np.ndarray
-        self._grow_to(1024)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -115,26 +95,6 @@ class Index:
                     field="hashes",
                 )
         return rows
-
-    def ancestors(self, row: int) -> Iterator[int]:
-        """`row`, the block before it, and so on to the root."""
-        while row != NO_ROW:
-            yield row
-            row = int(self.parent[row])
-
-    def children(self, row: int) -> Iterator[int]:
-        """The blocks directly behind `row`."""
-        child = int(self.first_child[row])
-        while child != NO_ROW:
-            yield child
-            child = int(self.next_sibling[child])
-
-    def subtree(self, row: int) -> list[int]:
-        """`row` and everything behind it, every block after all blocks behind it."""
-        rows = [row]
-        for at in rows:
-            rows.extend(self.children(at))
-        return rows[::-1]
 
     def roots(self) -> Rows:
         """Every row without a block before it."""
@@ -228,7 +188,7 @@ class Index:
     def remove(self, row: int) -> None:
         """Take out a row that has nothing behind it."""
         if self.state[row] != State.UNNAMED:
-            self._unlink(row)
+            self._leave(row)
         self.detach_slot(row)
         self.detach_extent(row)
         self.state[row] = State.ABSENT
@@ -239,7 +199,7 @@ class Index:
     def unname(self, row: int) -> None:
         """A resident row with nothing behind it leaves the tree; its bytes stay, under the same row."""
         assert self.state[row] == State.RESIDENT, f"row {row} is not resident"
-        self._unlink(row)
+        self._leave(row)
         self.state[row] = State.UNNAMED
 
     def restore(
@@ -268,23 +228,15 @@ class Index:
         self._free = []
         self._rows = dict(zip(hashes[:named], range(named), strict=True))
         span = slice(0, count)
-        self.parent[span] = parents
         self.extent[span], self.checksum[span] = extents, checksums
         self.uses[span], self.last_used_s[span] = uses, last_used_s
         self.committed_at_s[span] = last_used_s  # no record says when: at the latest then
         self.checksummed[span] = True
         self.state[:named] = State.RESIDENT
         self.state[named:count] = State.UNNAMED
-        # Siblings become neighbours when rows are sorted by what they follow.
-        order = np.argsort(parents, kind="stable").astype(np.int32)
-        order = order[parents[order] != NO_ROW]
-        of = parents[order]
-        self.nvme_children[span] = np.bincount(of[extents[order] != NO_EXTENT], minlength=count)
-        is_first = np.ones(len(order), dtype=bool)
-        is_first[1:] = of[1:] != of[:-1]
-        self.first_child[of[is_first]] = order[is_first]
-        self.previous_sibling[order[1:][~is_first[1:]]] = order[:-1][~is_first[1:]]
-        self.next_sibling[order[:-1][~is_first[1:]]] = order[1:][~is_first[1:]]
+        self._link_all(parents)
+        on_nvme_behind = parents[(parents != NO_ROW) & (extents != NO_EXTENT)]
+        self.nvme_children[span] = np.bincount(on_nvme_behind, minlength=count)
         depths: list[int] = []
         for parent in parents[:named].tolist():
             depths.append(0 if parent == NO_ROW else depths[parent] + 1)
@@ -367,34 +319,16 @@ class Index:
             self._hashes[row] = block_hash
         return rows
 
-    def _unlink(self, row: int) -> None:
+    def _leave(self, row: int) -> None:
         """Take a row without children out of the tree and its hash out of use."""
         assert self.first_child[row] == NO_ROW, f"row {row} still has blocks behind it"
-        before, after = int(self.previous_sibling[row]), int(self.next_sibling[row])
-        if before != NO_ROW:
-            self.next_sibling[before] = after
-        elif self.parent[row] != NO_ROW:
-            self.first_child[self.parent[row]] = after
-        if after != NO_ROW:
-            self.previous_sibling[after] = before
-        self.previous_sibling[row] = self.next_sibling[row] = NO_ROW
         self._written -= int(self.state[row] == State.WRITTEN)
-        if self.slot[row] != NO_SLOT and self.parent[row] != NO_ROW:
-            self.dram_children[self.parent[row]] -= 1
-        if self.extent[row] != NO_EXTENT and self.parent[row] != NO_ROW:
-            self.nvme_children[self.parent[row]] -= 1
-        self.parent[row] = NO_ROW
+        parent = int(self.parent[row])
+        if parent != NO_ROW:
+            self.dram_children[parent] -= int(self.slot[row] != NO_SLOT)
+            self.nvme_children[parent] -= int(self.extent[row] != NO_EXTENT)
+        self._cut(row)
         del self._rows[self.hash_of(row)]
-
-    def _link(self, row: int, parent: int) -> None:
-        self.parent[row] = parent
-        if parent == NO_ROW:
-            return
-        sibling = int(self.first_child[parent])
-        self.next_sibling[row] = sibling
-        if sibling != NO_ROW:
-            self.previous_sibling[sibling] = row
-        self.first_child[parent] = row
 
     def _take_rows(self, count: int) -> Rows:
         reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
@@ -403,11 +337,3 @@ class Index:
         if len(self._hashes) > self._capacity:
             self._grow_to(max(len(self._hashes), self._capacity + self._capacity // 2))
         return np.array([*reused, *fresh], dtype=np.int32)
-
-    def _grow_to(self, capacity: int) -> None:
-        for name, (dtype, blank) in COLUMNS.items():
-            grown: np.ndarray = np.full(capacity, blank, dtype=dtype) if blank else np.zeros(capacity, dtype=dtype)
-            if self._capacity:
-                grown[: self._capacity] = getattr(self, name)
-            setattr(self, name, grown)
-        self._capacity = capacity

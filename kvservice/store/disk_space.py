@@ -8,11 +8,11 @@ gets another header. Whatever cannot be had is refused; the caller keeps those b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from kvservice.blocks import NO_EXTENT, NO_SLOT, DropReason
+from kvservice.blocks import NO_EXTENT, NO_SLOT, DropReason, NamespaceKey
 from kvservice.errors import CapacityExhausted
 from kvservice.index import State
 from kvservice.nvme import SegmentUse
@@ -27,7 +27,7 @@ class DiskSpace:
     """Makes room for namespaces on the disks. One caller at a time: the write-behind task."""
 
     def __init__(
-        self, disks: Disks, *, clock: Callable[[], float], namespaces: Callable[[], Iterable[Namespace]]
+        self, disks: Disks, namespaces: Mapping[NamespaceKey, Namespace], *, clock: Callable[[], float]
     ) -> None:
         self._disks = disks
         self._clock = clock
@@ -99,14 +99,14 @@ class DiskSpace:
         Only where the taker ends up with no more than the donor keeps, or has nothing at all: else two namespaces
         would take the same segment from each other for ever.
         """
-        segments = {id(namespace): disk.volume.segments_of(namespace.spec) for namespace in self._namespaces()}
+        segments = {id(namespace): disk.volume.segments_of(namespace.spec) for namespace in self._namespaces.values()}
         owned = {key: sum(segment.size_bytes for segment in some) for key, some in segments.items()}
         mine = owned.get(id(taker), 0)
         sharing = sum(1 for key, size_bytes in owned.items() if size_bytes or key == id(taker))
         share_bytes = disk.volume.data_bytes // max(1, sharing)
         if mine >= share_bytes:
             return
-        donors = [other for other in self._namespaces() if other is not taker and owned[id(other)] > share_bytes]
+        donors = [other for other in self._namespaces.values() if other is not taker and owned[id(other)] > share_bytes]
         needed_bytes = extent_stride_bytes(taker.spec.block_size_bytes)
         for donor in sorted(donors, key=lambda other: owned[id(other)], reverse=True):
             for segment in self._coldest_first(donor, disk, segments[id(donor)]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from kvservice.blocks import NO_ROW, DropReason, NamespaceKey, Slots
+from kvservice.config import Config
 from kvservice.errors import InvalidRequest
 from kvservice.leases import Hold, HoldKind, Leases
 from kvservice.metrics import Metrics
@@ -19,18 +20,17 @@ class Holds:
         self,
         leases: Leases,
         namespaces: Mapping[NamespaceKey, Namespace],
+        config: Config,
         metrics: Metrics,
         *,
         clock: Callable[[], float],
-        duration_s: float,
-        duration_s_max: float,
     ) -> None:
         self.leases = leases
         self._namespaces = namespaces
         self._metrics = metrics
         self._clock = clock
-        self._duration_s = duration_s
-        self._duration_s_max = duration_s_max
+        self._duration_s = config.lease_s
+        self._duration_s_max = config.lease_s_max
 
     def grant(
         self,

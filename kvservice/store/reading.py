@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,22 @@ from kvservice.store.space import Space
 from kvservice.transfers import Priority
 
 _REQUESTS_AHEAD_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What a Get can have at this moment of the event loop."""
+
+    namespace: Namespace
+    asked: int
+    """Blocks asked for."""
+    rows: Rows
+    of_bytes: Rows
+    """The rows that have the bytes of `rows`."""
+    on_nvme: np.ndarray
+    """bool: which of them are not in DRAM."""
+    miss: Miss
+    """Why `rows` ends."""
 
 
 class Reading:
@@ -100,50 +116,28 @@ class Reading:
         Args:
             namespace_of: asked again after every wait; raises where the attachment ended.
         """
-        limit = max_blocks
-        while True:
-            namespace = namespace_of()
-            chain = self._chain(namespace, packed)
-            self._holds.leases.require_room(HoldKind.READ, instance.instance_id, attempt_id=attempt_id)
-            rows, miss = self._prefix(namespace, chain, limit)
-            allowed = requests.own_length(namespace, rows, session_id if accepts_shifts else "")
-            if allowed < len(rows):
-                rows, miss = rows[:allowed], Miss.OTHER_SESSION
-            of_bytes = namespace.index.bytes_rows(rows)
-            on_nvme = namespace.index.slot[of_bytes] == NO_SLOT
-            wanted = int(np.count_nonzero(on_nvme))
-            if wanted <= namespace.pool.free_slots:
-                break
-            try:
-                await self._make_room(namespace, of_bytes[~on_nvme], wanted)
-            except CapacityExhausted:
-                # DRAM in use leaves room for a shorter prefix only; zero blocks would mean "all".
-                fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
-                if fitting == 0:
-                    rows, on_nvme, wanted, miss = rows[:0], on_nvme[:0], 0, Miss.OVER_LIMIT
-                    break
-                limit = min(fitting, len(rows) - 1)
-                if limit == 0:
-                    rows, on_nvme, wanted, miss = rows[:0], on_nvme[:0], 0, Miss.OVER_LIMIT
-                    break
-        counters = namespace.counters
-        counters.requested += len(chain)
+        found = await self._find(
+            instance,
+            namespace_of,
+            packed,
+            session_id=session_id if accepts_shifts else "",
+            max_blocks=max_blocks,
+            attempt_id=attempt_id,
+        )
+        namespace, rows, of_bytes, miss = found.namespace, found.rows, found.of_bytes, found.miss
+        missed = found.asked - len(rows)
         # One that is being read already is not in DRAM yet: whoever began that did this Get a favour.
-        from_nvme = on_nvme | namespace.index.arriving[of_bytes[: len(rows)]]
-        counters.dram_hits += int(np.count_nonzero(~from_nvme))
-        counters.nvme_hits += int(np.count_nonzero(from_nvme))
-        counters.misses += len(chain) - len(rows)
+        from_nvme = found.on_nvme | namespace.index.arriving[of_bytes]
+        namespace.counters.requested += found.asked
+        namespace.counters.dram_hits += int(np.count_nonzero(~from_nvme))
+        namespace.counters.nvme_hits += int(np.count_nonzero(from_nvme))
+        namespace.counters.misses += missed
         if not len(rows):
-            return Granted(0, 0.0, namespace.pool, (), rows, {}, from_nvme, len(chain), miss)
-        slots = self._fetch(namespace, of_bytes, on_nvme, Priority.GET)
-        self._promotion.used(namespace, of_bytes)
-        namespace.touch(rows, self._clock())
-        namespace.index.uses[of_bytes] += 1
-        if session_id:
-            namespace.sessions.extend(session_key(session_id), rows, int(rows[-1]))
-        self._journal.touched(namespace, of_bytes, session_id)
+            return Granted(0, 0.0, namespace.pool, (), rows, {}, from_nvme, missed, miss)
+        slots = self._fetch(namespace, of_bytes, found.on_nvme, Priority.GET)
+        self._note_use(namespace, rows, of_bytes, session_id)
         shifts = requests.shift_tokens(namespace, rows)
-        counters.shifted_hits += len(shifts) - shifts.count(0)
+        namespace.counters.shifted_hits += len(shifts) - shifts.count(0)
         hold_id, lease_s = self._holds.grant(
             HoldKind.READ,
             instance,
@@ -158,7 +152,6 @@ class Reading:
             int(position): namespace.arrivals[int(of_bytes[position])]
             for position in np.flatnonzero(namespace.index.arriving[of_bytes])
         }
-        missed = len(chain) - len(rows)
         granted = of_bytes.tolist()
         return Granted(hold_id, lease_s, namespace.pool, granted, slots, pending, from_nvme, missed, miss, shifts)
 
@@ -199,6 +192,53 @@ class Reading:
         for key in keys:
             for namespace, arrival in self._ahead.pop(key, ()):
                 self._promotion.cancel(namespace, arrival)
+
+    async def _find(
+        self,
+        instance: Peer,
+        namespace_of: Callable[[], Namespace],
+        packed: bytes,
+        *,
+        session_id: str,
+        max_blocks: int,
+        attempt_id: int,
+    ) -> _Found:
+        """The longest prefix that may be leased and that the namespace has free slots for now.
+
+        Args:
+            session_id: the session whose own blocks may be handed out; empty: nobody's.
+        """
+        limit = max_blocks
+        while True:
+            namespace = namespace_of()
+            chain = self._chain(namespace, packed)
+            self._holds.leases.require_room(HoldKind.READ, instance.instance_id, attempt_id=attempt_id)
+            rows, miss = self._prefix(namespace, chain, limit)
+            allowed = requests.own_length(namespace, rows, session_id)
+            if allowed < len(rows):
+                rows, miss = rows[:allowed], Miss.OTHER_SESSION
+            of_bytes = namespace.index.bytes_rows(rows)
+            on_nvme = namespace.index.slot[of_bytes] == NO_SLOT
+            wanted = int(np.count_nonzero(on_nvme))
+            if wanted <= namespace.pool.free_slots:
+                return _Found(namespace, len(chain), rows, of_bytes, on_nvme, miss)
+            try:
+                await self._make_room(namespace, of_bytes[~on_nvme], wanted)
+            except CapacityExhausted:
+                # DRAM in use leaves room for a shorter prefix only; a limit of zero would mean all.
+                fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
+                limit = min(fitting, len(rows) - 1)
+                if limit == 0:
+                    return _Found(namespace, len(chain), rows[:0], of_bytes[:0], on_nvme[:0], Miss.OVER_LIMIT)
+
+    def _note_use(self, namespace: Namespace, rows: Rows, of_bytes: Rows, session_id: str) -> None:
+        """These rows, whose bytes those have, are used now: for the eviction order, the session and the journal."""
+        self._promotion.used(namespace, of_bytes)
+        namespace.touch(rows, self._clock())
+        namespace.index.uses[of_bytes] += 1
+        if session_id:
+            namespace.sessions.extend(session_key(session_id), rows, int(rows[-1]))
+        self._journal.touched(namespace, of_bytes, session_id)
 
     def _fetch(self, namespace: Namespace, rows: Rows, on_nvme: np.ndarray, priority: Priority) -> np.ndarray:
         """The slots of all rows, each with one more holder; those on NVMe are being read into new ones."""

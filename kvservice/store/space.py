@@ -8,15 +8,16 @@ only: its memory is punched out and closed, and the other namespace gets fresh, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from kvservice.blocks import NO_EXTENT, NO_ROW, DropReason
+from kvservice.blocks import NO_EXTENT, NO_ROW, DropReason, NamespaceKey
 from kvservice.config import Config
 from kvservice.dram import Arena, Segment
 from kvservice.errors import CapacityExhausted, QuotaExceeded
+from kvservice.instances import Instances, SegmentsChanged
 from kvservice.logs import event_log
 from kvservice.store.namespace import Namespace
 
@@ -27,9 +28,6 @@ _SETTLE_WAIT_S = 5.0
 
 _log = event_log(__name__)
 
-SegmentsChangedCallback = Callable[[Namespace, list[int], list[int]], None]
-"""(namespace, added segment ids, retired segment ids)"""
-
 
 class Space:
     """Makes room in namespaces' pools out of one arena."""
@@ -37,24 +35,24 @@ class Space:
     def __init__(
         self,
         arena: Arena,
+        namespaces: Mapping[NamespaceKey, Namespace],
+        instances: Instances[Namespace],
         config: Config,
         *,
-        executor: Executor,
         clock: Callable[[], float],
-        namespaces: Callable[[], Iterable[Namespace]],
-        on_segments_changed: SegmentsChangedCallback,
         until_settled: Callable[[Namespace, float], Awaitable[bool]],
     ) -> None:
         """Args:
+        instances: told of segments that come and go.
         until_settled: where the daemon itself holds slots of a namespace for a moment (a checksum, a
             write to NVMe), waits at most so many seconds until it let some go; whether it did.
         """
         self.arena = arena
         self._config = config
-        self._executor = executor
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="memory")
         self._clock = clock
         self._namespaces = namespaces
-        self._on_segments_changed = on_segments_changed
+        self._instances = instances
         self._refused_until_s = float("-inf")
         self.in_flight_bytes = 0
         """Of the arena's used bytes, those of segments being made or closed: in no pool."""
@@ -146,7 +144,7 @@ class Space:
                 segment.close()
             else:
                 namespace.pool.add(segment)
-                self._on_segments_changed(namespace, [segment.segment_id], [])
+                self._instances.tell(SegmentsChanged(added_ids=(segment.segment_id,)), attached_to=namespace)
                 is_added = True
         except OSError as error:
             # Less memory than dram_bytes promises: make do with what there is, and ask again later.
@@ -176,6 +174,13 @@ class Space:
         if closing:
             await asyncio.wait(closing)
 
+    def close(self) -> None:
+        """Give all memory back. Blocks until the threads that make and close segments are done."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        for namespace in self._namespaces.values():
+            for _, segment in namespace.pool.live_segments():
+                segment.close()
+
     def _keep_watermarks(self, namespace: Namespace) -> None:
         # Only memory that cannot grow is kept partly free: evicting earlier would lose hits.
         total, free = namespace.pool.total_slots, namespace.pool.free_slots
@@ -188,7 +193,7 @@ class Space:
         namespace.evict(min(wanted, _EVICTION_SLICE), reason, self._clock())
 
     def _share_bytes(self, taker: Namespace) -> int:
-        sharing = sum(1 for namespace in self._namespaces() if namespace is taker or namespace.pool.size_bytes)
+        sharing = sum(1 for namespace in self._namespaces.values() if namespace is taker or namespace.pool.size_bytes)
         return self.arena.capacity_bytes // sharing
 
     def _is_at_quota(self, namespace: Namespace) -> bool:
@@ -213,7 +218,9 @@ class Space:
         else two namespaces would take the same segment from each other for ever.
         """
         share_bytes = self._share_bytes(taker)
-        above = [other for other in self._namespaces() if other is not taker and other.pool.size_bytes > share_bytes]
+        above = [
+            other for other in self._namespaces.values() if other is not taker and other.pool.size_bytes > share_bytes
+        ]
         for donor in sorted(above, key=lambda other: other.pool.size_bytes, reverse=True):
             coldest = min(self._temperatures(donor), default=None)
             if coldest is None:
@@ -254,7 +261,7 @@ class Space:
 
     def _start_closing(self, namespace: Namespace, segment: Segment) -> asyncio.Task[None]:
         # Holders of the mapping hear of it before the memory is punched out under it.
-        self._on_segments_changed(namespace, [], [segment.segment_id])
+        self._instances.tell(SegmentsChanged(retired_ids=(segment.segment_id,)), attached_to=namespace)
         self.in_flight_bytes += segment.size_bytes
         return asyncio.create_task(self._close(segment))
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from kvservice.blocks import DropReason, NamespaceKey, NamespaceSpec, Tier
 from kvservice.config import Config
 from kvservice.dram import Arena
-from kvservice.errors import Draining, NamespaceUnknown
-from kvservice.instances import DrainNotice, HungUp, Identity, Instances, SegmentsChanged
+from kvservice.errors import Draining
+from kvservice.instances import DrainNotice, HungUp, Identity, Instances
 from kvservice.leases import HoldKind, Leases
 from kvservice.lookahead import Speeds
 from kvservice.metrics import Metrics
@@ -78,6 +77,7 @@ class Store:
         self.metrics = metrics
         self.clock = clock
         self.is_draining = False
+        self.namespaces: dict[NamespaceKey, Namespace] = {}
         self.instances: Instances[Namespace] = Instances(
             connections_max=config.connections_max, instances_max=config.instances_max
         )
@@ -88,45 +88,20 @@ class Store:
                 HoldKind.WRITE: config.reservations_per_instance_max,
             },
         )
+        self._holds = Holds(self.leases, self.namespaces, config, metrics, clock=clock)
         self.disks = Disks([])
         self.journal = Journal(self.disks, clock=clock, wall_clock=wall_clock)
-        self.disk_space = DiskSpace(
-            self.disks,
-            clock=clock,
-            namespaces=lambda: self.namespaces.values(),  # noqa: PLW0108  # assigned below
-        )
+        self.disk_space = DiskSpace(self.disks, self.namespaces, clock=clock)
         self.write_behind = WriteBehind(config, self.disks, self.disk_space, self.journal, metrics)
+        self.checksummer = Checksummer(metrics, threads=config.checksum_threads, may_work=self.write_behind.pausing)
         self.arena = Arena(
             capacity_bytes=config.dram_bytes, huge_pages=config.dram_huge_pages, numa_node=config.dram_numa_node
         )
-        self.checksummer = Checksummer(metrics, threads=config.checksum_threads, may_work=self.write_behind.pausing)
-        self._executor = ThreadPoolExecutor(2, thread_name_prefix="memory")
         self._space = Space(
-            self.arena,
-            config,
-            executor=self._executor,
-            clock=clock,
-            namespaces=lambda: self.namespaces.values(),  # noqa: PLW0108  # assigned below
-            on_segments_changed=self._tell_segments_changed,
-            until_settled=self._until_settled,
+            self.arena, self.namespaces, self.instances, config, clock=clock, until_settled=self._until_settled
         )
         self._registry = Registry(
-            config,
-            self._space,
-            metrics,
-            clock=clock,
-            is_idle=self._is_idle_namespace,
-            on_extents_left=self._extents_left,
-            on_alias_left=self.journal.alias_left,
-        )
-        self.namespaces: dict[NamespaceKey, Namespace] = self._registry.namespaces
-        self._holds = Holds(
-            self.leases,
-            self.namespaces,
-            metrics,
-            clock=clock,
-            duration_s=config.lease_s,
-            duration_s_max=config.lease_s_max,
+            self.namespaces, self.instances, self.disks, self.journal, self._space, config, metrics, clock=clock
         )
         self.device_copies = DeviceCopies(driver, self._holds, metrics, clock=clock)
         self.durability = Durability(
@@ -146,12 +121,7 @@ class Store:
         self._writing = Writing(
             config, self._holds, self._space, self.checksummer, self.write_behind, metrics, clock=clock
         )
-
         self._truncating = Truncating(config, self.journal, clock=clock)
-
-    def _extents_left(self, namespace: Namespace, extents: list[int]) -> None:
-        self.journal.left(namespace, extents)
-        self.disks.release(extents)
 
     # ------------------------------------------------------------ connections
 
@@ -169,19 +139,7 @@ class Store:
             InvalidRequest, LayoutMismatch, CapacityExhausted, Overloaded, Draining.
         """
         self._refuse_while_draining()
-        for spec in specs:
-            self._registry.require_fits(spec)
-        self.instances.attach(instance, name)
-        instance.namespaces.clear()  # of an earlier attachment: its ids must not answer for these
-        try:
-            for spec in specs:
-                instance.namespaces.append(await self._registry.namespace_for(spec))
-        except BaseException:
-            instance.namespaces.clear()
-            self.instances.detach(instance)
-            raise
-        segments = [segment for namespace in instance.namespaces for _, segment in namespace.pool.live_segments()]
-        return [segment.segment_id for segment in segments]
+        return await self._registry.attach(instance, name, specs)
 
     def detach(self, instance: Peer) -> None:
         """The instance's stream broke: its holds expire; its slots wait for the process."""
@@ -207,9 +165,7 @@ class Store:
         Raises:
             NamespaceUnknown: not of this attachment.
         """
-        if not instance.is_attached or not 1 <= namespace_id <= len(instance.namespaces):
-            raise NamespaceUnknown(f"namespace id {namespace_id} is not of this attachment: attach again")
-        return instance.namespaces[namespace_id - 1]
+        return self._registry.attached(instance, namespace_id)
 
     # ---------------------------------------------------- lookup, get, release
 
@@ -380,8 +336,7 @@ class Store:
     def drain(self) -> None:
         """Take no new work and tell the instances. Holds end as their requests do."""
         self.is_draining = True
-        for instance in self.instances:
-            instance.notify(DrainNotice(self.config.drain_s))
+        self.instances.tell(DrainNotice(self.config.drain_s))
 
     @property
     def is_idle(self) -> bool:
@@ -392,10 +347,7 @@ class Store:
         """Give all memory back. Blocks until threads are done."""
         self.device_copies.plane.close()
         self.checksummer.close()
-        self._executor.shutdown(wait=True, cancel_futures=True)
-        for namespace in self.namespaces.values():
-            for _, segment in namespace.pool.live_segments():
-                segment.close()
+        self._space.close()
 
     def check(self) -> None:
         """Assert every invariant that spans rooms. For tests; O(n)."""
@@ -409,15 +361,6 @@ class Store:
             return await self.checksummer.wait_for_batch(timeout_s)
         return bool(namespace.index.dirty.any()) and await self.write_behind.wait_for_progress(timeout_s)
 
-    def _is_idle_namespace(self, namespace: Namespace) -> bool:
-        is_attached = any(namespace in instance.namespaces for instance in self.instances)
-        return not is_attached and not (namespace.pool.holders > 0).any()
-
     def _refuse_while_draining(self) -> None:
         if self.is_draining:
             raise Draining("the daemon is shutting down", retry_after_s=self.config.drain_s)
-
-    def _tell_segments_changed(self, namespace: Namespace, added: list[int], retired: list[int]) -> None:
-        for instance in self.instances:
-            if namespace in instance.namespaces:
-                instance.notify(SegmentsChanged(tuple(added), tuple(retired)))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 def threads_busy(workplace: Workplace) -> Iterator[None]:
     """The store's memory threads wait while this is open: whoever needs a segment made or closed waits too."""
     done = threading.Event()
-    executor = workplace.store._executor
+    executor = workplace.store._space._executor
     for _ in range(executor._max_workers):
         executor.submit(done.wait)
     try:
