@@ -21,7 +21,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help environment vllm-environment kubernetes-environment demo test test-engines check check-format check-lint check-types check-imports check-protos gpu \
+.PHONY: help environment vllm-environment kubernetes-environment demo test test-engines check check-format check-lint check-types check-imports check-lengths check-protos gpu \
 	bench protos format clean clean-environment
 
 help: ## list the targets
@@ -38,7 +38,7 @@ test-engines: $(DEV_STAMP) vllm-environment ## real engines end to end
 	if [ $$status -eq 5 ]; then echo "make test-engines: no test carries the marker 'engines': nothing was tested" >&2; fi; \
 	exit $$status; }
 
-check: check-format check-lint check-types check-imports check-protos ## every static check
+check: check-format check-lint check-types check-imports check-lengths check-protos ## every static check
 
 check-format: $(DEV_STAMP)
 	$(BIN)/ruff format --check
@@ -51,6 +51,9 @@ check-types: $(DEV_STAMP)
 
 check-imports: $(DEV_STAMP)
 	$(BIN)/lint-imports
+
+check-lengths: $(DEV_STAMP)
+	$(BIN)/python scripts/check_lengths.py
 
 check-protos: $(DEV_STAMP)
 	$(BIN)/python scripts/check_protos.py

@@ -1,14 +1,16 @@
-"""conftest: what every test may ask for: a tool of the system, a GPU."""
+"""conftest: what every test may ask for: a tool of the system, a GPU, a GPU of host memory."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.devices import FakeGpu
 
 # Timing never decides a test: a busy machine makes any example slow. pytest's own timeout ends what hangs.
 hypothesis.settings.register_profile("house", deadline=None)
@@ -35,6 +37,13 @@ def require_tool() -> RequireTool:
         pytest.skip(reason)
 
     return require
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    """A GPU made of host memory, see tests/devices.py."""
+    with FakeGpu() as made:
+        yield made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

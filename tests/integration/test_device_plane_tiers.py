@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,6 @@ MIB = 1 << 20
 BLOCK, BLOCKS = 64 * 1024, 48
 
 MakeDaemonThread = Callable[..., DaemonThread]
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with FakeGpu() as made:
-        yield made
 
 
 class Engine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,12 +19,6 @@ from tests.devices import FakeGpu
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with FakeGpu() as made:
-        yield made
 
 
 @pytest.fixture

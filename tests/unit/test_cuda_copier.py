@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -17,12 +16,6 @@ from tests.devices import FakeContext, FakeGpu
 pytestmark = pytest.mark.unit
 
 LAYERS, PIECE, BLOCKS = 5, 1 << 20, 6
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with FakeGpu() as made:
-        yield made
 
 
 class Setting:

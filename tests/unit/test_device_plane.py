@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,6 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.unit
 
 BLOCK, BLOCKS = 4096, 8
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with FakeGpu() as made:
-        yield made
 
 
 class Setting:

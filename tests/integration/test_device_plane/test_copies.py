@@ -5,8 +5,7 @@ What runs on a real GPU only is in tests/gpu.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,85 +16,13 @@ import kvservice_client as kv
 from kvservice_client import Reason
 from kvservice_client.device import CachePart, DeviceCache, DeviceKV
 from kvservice_cuda.api import CudaError
-from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain, namespace
 from tests.daemons import DaemonThread
 from tests.devices import ILLEGAL_ADDRESS, UUID, FakeGpu
+from tests.integration.test_device_plane.conftest import BLOCK, BLOCKS, LAYERS, PIECE, MakeEngine
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.integration
-
-LAYERS, PIECE, BLOCKS = 4, 1000, 16  # pieces that end on no boundary
-BLOCK = 2 * LAYERS * PIECE
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with FakeGpu() as made:
-        yield made
-
-
-@dataclass
-class Engine:
-    """A KV cache of keys and values apart, one allocation per layer, with room before it; and its client."""
-
-    gpu: FakeGpu
-    client: kv.Client
-    layers: list[int]
-    cache: DeviceCache
-    kv: DeviceKV
-
-    def fill(self, seed: int = 0) -> None:
-        for number, layer in enumerate(self.layers):
-            random = np.random.default_rng(1000 * seed + number)
-            self.gpu.array(layer)[:] = random.integers(0, 256, len(self.gpu.array(layer)), dtype=np.uint8)
-
-    def block(self, block_id: int) -> bytes:
-        """The bytes of one of its blocks, part by part."""
-        parts = []
-        for part in self.cache.parts:
-            start, _ = self.gpu.allocation_of(part.address)
-            first = part.address - start + block_id * part.block_stride_bytes
-            parts.append(bytes(self.gpu.array(start)[first : first + part.size_bytes]))
-        return b"".join(parts)
-
-    def blocks(self, block_ids: Sequence[int]) -> list[bytes]:
-        return [self.block(block_id) for block_id in block_ids]
-
-
-MakeEngine = Callable[..., Engine]
-
-
-@pytest.fixture
-def daemon(make_daemon_thread: Callable[..., DaemonThread], gpu: FakeGpu) -> DaemonThread:
-    return make_daemon_thread(driver=gpu.driver)
-
-
-@pytest.fixture
-def make_engine(gpu: FakeGpu, daemon: DaemonThread) -> Iterator[MakeEngine]:
-    made: list[Engine] = []
-
-    def make(*, exportable: bool = True, fill: bool = True) -> Engine:
-        layers = [gpu.allocate(512 + 2 * BLOCKS * PIECE + 100, exportable=exportable) for _ in range(LAYERS)]
-        cache = DeviceCache(
-            BLOCKS,
-            tuple(
-                CachePart(layer + 512 + half * BLOCKS * PIECE, PIECE, PIECE, layer=number)
-                for number, layer in enumerate(layers)
-                for half in range(2)
-            ),
-        )
-        client = kv.attach(namespace(block_size_bytes=BLOCK), socket_dir=daemon.socket_dir)
-        engine = Engine(gpu, client, layers, cache, DeviceKV(client, cache, driver=gpu.driver))
-        if fill:
-            engine.fill()
-        made.append(engine)
-        return engine
-
-    yield make
-    for engine in made:
-        engine.kv.close()
-        engine.client.close()
 
 
 @pytest.mark.parametrize(("exportable", "plane"), [(True, "cuda-ipc"), (False, "mapped")])
@@ -312,99 +239,3 @@ def test_a_save_that_fits_only_in_part_saves_a_prefix(
         assert 1 <= result.saved <= 8
         assert client.lookup(chain("a", 12)).blocks == result.saved
         device.close()
-
-
-# ------------------------------------------------------------ what clients ask for
-
-
-def request_of(engine: Engine) -> pb.RegisterDeviceRequest:
-    start = engine.layers[0]
-    request = pb.RegisterDeviceRequest(namespace_id=1, device_uuid=UUID, blocks=BLOCKS)
-    request.regions.add(ipc_handle=start.to_bytes(64, "little"), offset_bytes=0, size_bytes=2 * BLOCKS * PIECE)
-    for number in range(2 * LAYERS):
-        request.pieces.add(offset_bytes=0, block_stride_bytes=PIECE, size_bytes=PIECE, layer=number // 2)
-    return request
-
-
-def register(engine: Engine, request: pb.RegisterDeviceRequest) -> pb.RegisterDeviceResponse:
-    link = engine.client.link
-    response: pb.RegisterDeviceResponse = link.call(link.stub.RegisterDevice, request, 5.0)
-    return response
-
-
-WRONG: dict[str, Callable[[pb.RegisterDeviceRequest], object]] = {
-    "ends at byte": lambda request: setattr(request.regions[0], "size_bytes", 1 << 40),
-    "must be 1 to 2147483648": lambda request: setattr(request, "blocks", 0),
-    "of the last block ends": lambda request: setattr(request, "blocks", 1_000_000),
-    "in region 7": lambda request: setattr(request.pieces[1], "region", 7),
-    "bytes apart": lambda request: setattr(request.pieces[1], "block_stride_bytes", PIECE - 1),
-    "layer 5000": lambda request: setattr(request.pieces[1], "layer", 5000),
-    "a block of the namespace": lambda request: request.pieces.pop(),
-    "has 3 bytes, not 16": lambda request: setattr(request, "device_uuid", b"abc"),
-    "has 2 bytes, not 64": lambda request: setattr(request.regions[0], "ipc_handle", b"ab"),
-    "opens nothing": lambda request: setattr(request.regions[0], "ipc_handle", bytes(64)),
-    "does not see the GPU": lambda request: setattr(request, "device_uuid", bytes(16)),
-    "pieces is 0": lambda request: request.ClearField("pieces"),
-    "0 regions": lambda request: request.ClearField("regions"),
-}
-
-
-@pytest.mark.parametrize("problem", WRONG)
-def test_a_cache_that_does_not_fit_is_refused_and_nothing_stays_open(
-    make_engine: MakeEngine, gpu: FakeGpu, problem: str
-) -> None:
-    engine = make_engine()
-    opened = len(gpu.opened)
-    pinned = len(gpu.pinned)
-    assert register(engine, request_of(engine)).registration_id
-    request = request_of(engine)
-    WRONG[problem](request)
-    with pytest.raises(kv.InvalidRequest, match=problem):
-        register(engine, request)
-    assert len(gpu.opened) == opened + 1
-    assert len(gpu.pinned) == pinned + 1
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "problem"),
-    [
-        ({"registration_id": 1}, kv.LeaseUnknown, "register again"),
-        ({"block_ids": [BLOCKS, 0]}, kv.InvalidRequest, "16 blocks are registered"),
-        ({"block_ids": [0]}, kv.InvalidRequest, "1 block ids for 2 hashes"),
-        ({"lane": 256}, kv.InvalidRequest, "lane is 256"),
-        ({"sequence": 0}, kv.InvalidRequest, "sequence is 0"),
-        ({"sequence": 1 << 50}, kv.InvalidRequest, "sequence is"),
-    ],
-)
-def test_a_get_for_places_that_were_not_registered_is_refused_and_grants_nothing(
-    make_engine: MakeEngine, daemon: DaemonThread, change: dict[str, object], error: type[Exception], problem: str
-) -> None:
-    engine = make_engine()
-    engine.kv.save(chain("a", 2), [0, 1])
-    registered = register(engine, request_of(engine)).registration_id
-    fields = {"registration_id": registered, "block_ids": [0, 1], "lane": 0, "sequence": 1} | change
-    request = pb.GetRequest(
-        namespace_id=1,
-        hashes=b"".join(chain("a", 2)),
-        device=pb.DeviceBlocks(**fields),  # type: ignore[arg-type]
-    )
-    with pytest.raises(error, match=problem):
-        list(engine.client.link.get(request, 5.0))
-    assert daemon.holds() == (0, 0, 0)
-
-
-def test_another_instance_s_registration_is_unknown(make_engine: MakeEngine) -> None:
-    first, second = make_engine(), make_engine()
-    registered = register(first, request_of(first)).registration_id
-    request = pb.UnregisterDeviceRequest(registration_id=registered)
-    with pytest.raises(kv.LeaseUnknown):
-        second.client.link.call(second.client.link.stub.UnregisterDevice, request, 5.0)
-    first.client.link.call(first.client.link.stub.UnregisterDevice, request, 5.0)
-
-
-def test_registrations_per_instance_are_bounded(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    for _ in range(15):
-        register(engine, request_of(engine))
-    with pytest.raises(kv.Overloaded, match="16 KV caches"):
-        register(engine, request_of(engine))
