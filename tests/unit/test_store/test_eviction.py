@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from kvservice import errors
-from kvservice.blocks import DropReason
+from kvservice.blocks import BlockHash, DropReason
 from kvservice.store.outcomes import Dropped
 from tests.stores import PAGE_BYTES, Engine, Workplace, chain, content_of, small_config
 from tests.unit.test_store.explaining import finding
@@ -76,7 +76,7 @@ def test_what_the_daemon_itself_holds_for_a_while_is_not_used_by_that(workplace:
     workplace.save(engine, chain("old", 6))
     workplace.save(engine, chain("new", 6))
     namespace = engine.namespace
-    slots = namespace.index.slot[namespace.index.rows_of(chain("old", 6))]
+    slots = namespace.index.slot[namespace.index.rows_of([BlockHash(each) for each in chain("old", 6)])]
     namespace.pool.hold(slots)  # as the checksummer and write-behind do
     workplace.save(engine, chain("x", 6))
     assert [held(engine, name, 6) for name in ("old", "new", "x")] == [6, 4, 6], "eviction passed over what is held"
