@@ -127,13 +127,16 @@ class Durability:
         restored = await loop.run_in_executor(None, restoring)
         for one in restored:
             namespace = self._registry.restore_namespace(one.spec)
-            self._disks.release(one.orphans)
+            lost = list(one.orphans)
+            # Another disk may have taken blocks while this one was read: their index stays.
+            is_free = namespace is not None and bool((namespace.index.extent == NO_EXTENT).all())
+            if not is_free:
+                lost += one.index.extent[one.coldest_first].tolist()
+            self._disks.release(lost)
             if namespace is not None:
-                self._journal.left(namespace, one.orphans)  # or a later start would find them again
-            if namespace is None:
-                self._disks.release(one.index.extent[one.coldest_first].tolist())
-            else:
-                recovery.adopt(namespace, one, self._clock())
+                self._journal.left(namespace, lost)  # or a later start would find them again
+                if is_free:
+                    recovery.adopt(namespace, one, self._clock())
         for disk, _ in found:
             disk.health.recovered()
         return sum(len(one.coldest_first) for one in restored)

@@ -247,6 +247,38 @@ def test_one_of_two_disks_begins_anew_and_the_other_loses_nothing(tmp_path: Path
 
 
 @pytest.mark.usefixtures("impatient")
+def test_what_one_disk_took_while_another_was_recovered_stays(tmp_path: Path, files: FaultyFiles) -> None:
+    first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
+
+    async def scenario() -> None:
+        async with running(other) as node:
+            await node.engine.save(chain("theirs", 6))
+        async with running(Path(f"{first}:{second}"), files=files) as node:
+            index = node.engine.namespace.index
+            shutil.rmtree(first)
+            await keep_up_until(node, DiskState.OFFLINE)
+            other.rename(first)
+            files.kind = INDEX
+            files.gate.clear()
+            recovering = asyncio.create_task(keep_up_until(node, DiskState.ONLINE))
+            await until(lambda: files.waiting > 0)
+            await node.engine.save(chain("new", 6))
+            await until(lambda: bool((index.extent != NO_EXTENT).any()))
+            files.gate.set()
+            await recovering
+            await node.flush()
+            node.store.check()
+            assert node.engine.lookup(chain("theirs", 6)).hit_blocks == 0, "an index in use is not exchanged"
+            for number in range(3):  # through 16 slots: "new" leaves DRAM
+                await node.engine.save(chain(f"c{number}", 6))
+                await node.flush()
+            assert await node.load(chain("new", 6)) == 6
+            node.store.check()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_recovery_that_failed_is_tried_again(tmp_path: Path, files: FaultyFiles) -> None:
     async def scenario() -> None:
         node = Node(tmp_path, files=files)
