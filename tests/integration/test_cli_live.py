@@ -293,7 +293,7 @@ def test_top_outlives_the_daemon_and_shows_the_next_one(socket_dir: Path) -> Non
         terminal.wait_for(lambda shown: "Trying again" in shown, "that the daemon is gone")
         with daemon(socket_dir):
             terminal.wait_for(
-                lambda shown: re.search(r"serving.*up (\d+ms|\d\.\ds)", shown.rpartition("Trying again")[2], re.DOTALL),
+                lambda shown: re.search(r"serving.*up \d", shown.rpartition("Trying again")[2], re.DOTALL),
                 "a frame of the new daemon",
             )
             terminal.press("q")

@@ -9,7 +9,6 @@ import json
 import logging
 import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from kvservice import logs
 from kvservice.errors import StartupError
 from kvservice.http import HttpServer, Verdict
 from kvservice.metrics import Metrics
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -248,18 +248,17 @@ def test_more_connections_than_places_are_told_so_and_places_come_back(serving: 
     finally:
         for connection in idle:
             connection.close()
-    deadline_s = time.monotonic() + 10
-    while b"200" not in serving.send(b"GET /livez HTTP/1.0\r\n\r\n"):
-        assert time.monotonic() < deadline_s, "the places of closed connections never came back"
+    eventually(
+        lambda: b"200" in serving.send(b"GET /livez HTTP/1.0\r\n\r\n"),
+        what="the places of closed connections come back",
+    )
 
 
 def test_a_peer_that_sends_slowly_is_cut(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "CONNECTION_S_MAX", 0.3)
     with socket.create_connection(("127.0.0.1", serving.port), timeout=10) as connection:
         connection.sendall(b"GET /livez HTTP/1.0\r\n")
-        started_s = time.monotonic()
-        assert receive_all(connection) == b""
-        assert time.monotonic() - started_s < 5
+        assert receive_all(connection) == b"", "cut, or this would wait until its own time-out"
     assert serving.ask("/livez")[0].status == 200
 
 

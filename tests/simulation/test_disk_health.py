@@ -32,9 +32,14 @@ def files() -> Iterator[FaultyFiles]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes at every round, and a second of patience with an access."""
+def probing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes at every round."""
     monkeypatch.setattr(disk_health, "_PROBE_INTERVAL_S", 0.0)
+
+
+@pytest.fixture
+def impatient(probing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides, a second of patience with an access: a busy machine may take that long, so for what hangs only."""
     monkeypatch.setattr(disk_health, "_SLOW_FACTOR", 0.0)
     monkeypatch.setattr(disk_health, "_SLOW_S_MIN", 1.0)
     monkeypatch.setattr(disk_health, "_STALLED_S", 1.0)
@@ -72,7 +77,7 @@ async def keep_up_until(node: Node, wanted: DiskState) -> None:
     raise AssertionError(f"the disk is {state(node)}, not {wanted}")
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("probing")
 @pytest.mark.parametrize("call", ["write", "flush", "allocate"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG])
 def test_a_disk_that_cannot_be_written_is_read_only_until_it_can(
@@ -108,7 +113,7 @@ def test_a_disk_that_cannot_be_written_is_read_only_until_it_can(
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("probing")
 def test_a_disk_that_cannot_be_read_is_offline_until_it_can(
     tmp_path: Path, files: FaultyFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,7 +137,7 @@ def test_a_disk_that_cannot_be_read_is_offline_until_it_can(
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("probing")
 def test_a_block_that_can_never_be_read_does_not_take_the_disk_down_for_ever(
     tmp_path: Path, files: FaultyFiles
 ) -> None:
@@ -180,7 +185,7 @@ def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, files: FaultyFiles) -
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("probing")
 @pytest.mark.parametrize("with_contents", [False, True], ids=["emptied", "another store"])
 def test_a_directory_that_goes_and_comes_again_is_used_again(
     tmp_path: Path, files: FaultyFiles, *, with_contents: bool
@@ -220,7 +225,7 @@ def test_a_directory_that_goes_and_comes_again_is_used_again(
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("probing")
 def test_one_of_two_disks_begins_anew_and_the_other_loses_nothing(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
 
@@ -246,7 +251,7 @@ def test_one_of_two_disks_begins_anew_and_the_other_loses_nothing(tmp_path: Path
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("probing")
 def test_what_one_disk_took_while_another_was_recovered_stays(tmp_path: Path, files: FaultyFiles) -> None:
     first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
 
@@ -278,7 +283,7 @@ def test_what_one_disk_took_while_another_was_recovered_stays(tmp_path: Path, fi
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("probing")
 def test_a_recovery_that_failed_is_tried_again(tmp_path: Path, files: FaultyFiles) -> None:
     async def scenario() -> None:
         node = Node(tmp_path, files=files)

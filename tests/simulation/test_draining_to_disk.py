@@ -20,7 +20,10 @@ BLOCKS = 6
 async def drained(node: Node, files: FaultyFiles, *, writes: int) -> list[int]:
     """Flush until the disk hangs after so many batches, end the daemon then, start again: blocks found, by chain."""
     files.writes_until_gate = writes
-    assert not await node.store.write_behind.flush(asyncio.get_running_loop().time() + 0.5)
+    flush = asyncio.create_task(node.store.write_behind.flush(asyncio.get_running_loop().time() + 60))
+    await until(lambda: not files.gate.is_set() and files.waiting > 0)
+    assert not flush.done()
+    flush.cancel()
     end = asyncio.create_task(node.crash())
     await asyncio.sleep(0)
     files.gate.set()
