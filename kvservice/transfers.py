@@ -181,9 +181,9 @@ class TransferQueue:
         else:
             if not transfer.done.done():
                 transfer.done.set_result(result)
-        finally:
-            task = asyncio.current_task()
-            assert task is not None
-            self._running.discard(task)
-            self._started.discard(transfer)
-            self._start_more()
+        # Not where this is cancelled: then the loop is ending, and what were started now would never run.
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.discard(task)
+        self._started.discard(transfer)
+        self._start_more()

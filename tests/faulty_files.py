@@ -25,8 +25,8 @@ class FaultyFiles(RealFiles):
         self.gate = threading.Event()
         """Reads and writes wait until it is set."""
         self.gate.set()
-        self.writes_until_gate = -1
-        """The gate closes by itself after so many writes; negative: it does not."""
+        self.until_gate: dict[str, int] = {}
+        """After so many more calls of a name the gate closes by itself."""
         self.waiting = 0
         """How many calls stand before the gate."""
         self.calls: list[str] = []
@@ -54,17 +54,24 @@ class FaultyFiles(RealFiles):
             return
         with self._mutex:
             self.waiting += 1
-        assert self.gate.wait(30), "nobody opened the gate"
-        with self._mutex:
-            self.waiting -= 1
-            self.calls.append(call)
-            if call == "write":
-                self.writes_until_gate -= 1
-                if self.writes_until_gate == 0:
-                    self.gate.clear()
+        while not self._passes(call):
+            assert self.gate.wait(30), "nobody opened the gate"
         if call == "read" and self.delay_s:
             time.sleep(self.delay_s)
         self._fail(call, descriptor)
+
+    def _passes(self, call: str) -> bool:
+        with self._mutex:
+            if not self.gate.is_set():
+                return False  # closed by another one that stood before it
+            self.waiting -= 1
+            self.calls.append(call)
+            if call in self.until_gate:
+                self.until_gate[call] -= 1
+                if not self.until_gate[call]:
+                    del self.until_gate[call]
+                    self.gate.clear()
+            return True
 
     def _fail(self, call: str, descriptor: int) -> None:
         if call in self.errors and self._is_meant(descriptor):

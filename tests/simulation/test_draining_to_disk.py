@@ -19,7 +19,7 @@ BLOCKS = 6
 
 async def drained(node: Node, files: FaultyFiles, *, writes: int) -> list[int]:
     """Flush until the disk hangs after so many batches, end the daemon then, start again: blocks found, by chain."""
-    files.writes_until_gate = writes
+    files.until_gate["write"] = writes
     flush = asyncio.create_task(node.store.write_behind.flush(asyncio.get_running_loop().time() + 60))
     await until(lambda: not files.gate.is_set() and files.waiting > 0)
     assert not flush.done()

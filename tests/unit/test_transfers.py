@@ -127,3 +127,15 @@ def test_a_device_that_fails_ends_everything_that_waits_at_once() -> None:
         assert await device.submit("later", Priority.GET).done == "later"
 
     on_device(scenario)
+
+
+def test_where_the_loop_ends_in_the_middle_nothing_more_is_started() -> None:
+    async def scenario(device: Device) -> None:
+        waiting = device.submit("never", Priority.GET)
+        (running,) = asyncio.all_tasks() - {asyncio.current_task()}
+        running.cancel()  # as the end of asyncio.run does
+        await asyncio.wait([running])
+        assert not waiting.is_started
+        assert device.queue.waiting == 1
+
+    on_device(scenario)
