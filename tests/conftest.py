@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
@@ -37,6 +38,13 @@ def require_tool() -> RequireTool:
         pytest.skip(reason)
 
     return require
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes what other fixtures made, the last first."""
+    with ExitStack() as made:
+        yield made
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 import uvloop
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvservice.config import Config
 from kvservice.leases import HoldKind
@@ -172,6 +173,14 @@ class DaemonProcess:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
+
+    def series(self, name: str, **labels: str) -> float:
+        """The sum of the samples of that name with at least these labels on the metrics page; there must be one."""
+        families = text_string_to_metric_families(self.get("/metrics")[1])
+        samples = [each for family in families for each in family.samples if each.name == name]
+        values = [each.value for each in samples if labels.items() <= each.labels.items()]
+        assert values, f"no series {name} {labels}"
+        return sum(values)
 
     def event(self, name: str) -> dict[str, Any]:
         """The first event of that name in this run."""

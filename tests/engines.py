@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
 import kvservice_client as kv
+from tests.commands import CommandedProcess
 from tests.daemons import environment
 from tests.waiting import DEADLINE_S, eventually
 
 _PROGRAM = Path(__file__).parent / "integration" / "programs" / "engine.py"
 
 
-class EngineFailed(Exception):
-    """The command raised in the engine; `kind` is the exception's class."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
-
-
-class EngineProcess:
-    """A process that imports the client library: commands go down a pipe, answers come up another.
+class EngineProcess(CommandedProcess):
+    """A process that imports the client library.
 
     A context manager that leaves no process behind. Args: `uid`, `gid`: become this user first (needs root); `program`:
     what it runs.
@@ -38,13 +29,14 @@ class EngineProcess:
 
     def __init__(self, *, uid: int = -1, gid: int = -1, program: Path = _PROGRAM) -> None:
         identity = [] if uid < 0 else [str(uid), str(gid)]
-        self._popen = subprocess.Popen(
+        popen = subprocess.Popen(
             [sys.executable, str(program), *identity],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment(),
         )
+        super().__init__(popen, answer_s=2 * DEADLINE_S)
 
     def __enter__(self) -> Self:
         return self
@@ -54,9 +46,7 @@ class EngineProcess:
     ) -> None:
         if self.is_running:
             self.kill()
-        for stream in (self._popen.stdin, self._popen.stdout):
-            if stream is not None:
-                stream.close()
+        self.close_pipes()
 
     @property
     def process_id(self) -> int:
@@ -66,44 +56,7 @@ class EngineProcess:
     def process(self) -> psutil.Process:
         return psutil.Process(self._popen.pid)
 
-    @property
-    def is_running(self) -> bool:
-        return self._popen.poll() is None
-
     # ---------------------------------------------------------------- commands
-
-    def start(self, command: str, **arguments: Any) -> None:
-        """Send a command without waiting for its answer."""
-        assert self._popen.stdin is not None
-        self._popen.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        self._popen.stdin.flush()
-
-    def answer(self) -> Any:
-        """Wait for the answer of the oldest command.
-
-        Raises:
-            EngineFailed: the command raised.
-            EOFError: the process is gone.
-        """
-        assert self._popen.stdout is not None
-        # A read of a pipe has no deadline of its own; the end of the process ends it.
-        watchdog = threading.Timer(2 * DEADLINE_S, self._popen.kill)
-        watchdog.start()
-        try:
-            line = self._popen.stdout.readline()
-        finally:
-            watchdog.cancel()
-        if not line:
-            raise EOFError(f"the engine is gone: {self._popen.wait(DEADLINE_S)}")
-        answered = json.loads(line)
-        if "error" in answered:
-            raise EngineFailed(answered["error"], answered["message"])
-        return answered["answer"]
-
-    def do(self, command: str, **arguments: Any) -> Any:
-        """Send a command and wait for its answer. Raises EngineFailed, EOFError."""
-        self.start(command, **arguments)
-        return self.answer()
 
     def attach(self, socket_dir: str, namespace: kv.Namespace, *, timeout_s: float = 10.0) -> str:
         """Attach; the client's status."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 from kvservice_client.attachment import Attachment
 from kvservice_client.errors import InvalidRequest, KVServiceError
@@ -27,6 +28,8 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 LOOKUP_TIMEOUT_S = 2.0
 _SPEED_SMOOTHING = 0.2
 _SPEED_BYTES_MIN = 1 << 20  # smaller copies say more about overhead than about speed
+
+ResultT = TypeVar("ResultT")
 
 MISS_REASONS: dict[int, Reason] = {
     pb.MISS_REASON_UNSPECIFIED: Reason.OK,
@@ -58,17 +61,15 @@ class AheadOfNeed:
         """
         if not hashes:
             return LookupResult()
-        try:
-            link = self._attachment.link()
+
+        def ask(link: Link) -> LookupResult:
             request = pb.LookupRequest(namespace_id=self._namespace_id(link), hashes=self.pack(hashes))
             response = link.call(link.stub.Lookup, request, deadline_s)
-        except InvalidRequest:
-            raise
-        except KVServiceError as error:
-            return LookupResult(reason=self.reason_of(error))
-        in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
-        miss: int = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
-        return LookupResult(response.hit_blocks, in_dram, MISS_REASONS.get(miss, Reason.NOT_HELD))
+            in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
+            miss: int = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
+            return LookupResult(response.hit_blocks, in_dram, MISS_REASONS.get(miss, Reason.NOT_HELD))
+
+        return self._answer(ask, failed=lambda reason: LookupResult(reason=reason))
 
     def plan_load(
         self, hashes: Sequence[bytes], *, prefill_tokens_per_s: float = 0.0, deadline_s: float = LOOKUP_TIMEOUT_S
@@ -83,8 +84,8 @@ class AheadOfNeed:
         """
         if not hashes:
             return LoadPlan()
-        try:
-            link = self._attachment.link()
+
+        def ask(link: Link) -> LoadPlan:
             if not link.welcome.limits.queue_entries_max:  # a daemon from before there were plans
                 looked = self.lookup(hashes, deadline_s=deadline_s)
                 return LoadPlan(looked.blocks, looked.blocks, looked.dram_blocks, reason=looked.reason)
@@ -95,18 +96,16 @@ class AheadOfNeed:
                 copy_bytes_per_s=self._copy_bytes_per_s,
             )
             response = link.call(link.stub.PlanLoad, request, deadline_s)
-        except InvalidRequest:
-            raise
-        except KVServiceError as error:
-            return LoadPlan(reason=self.reason_of(error))
-        return LoadPlan(
-            response.load_blocks,
-            response.hit_blocks,
-            response.dram_blocks,
-            response.load_s,
-            response.recompute_s,
-            MISS_REASONS.get(response.miss, Reason.NOT_HELD),
-        )
+            return LoadPlan(
+                response.load_blocks,
+                response.hit_blocks,
+                response.dram_blocks,
+                response.load_s,
+                response.recompute_s,
+                MISS_REASONS.get(response.miss, Reason.NOT_HELD),
+            )
+
+        return self._answer(ask, failed=lambda reason: LoadPlan(reason=reason))
 
     def truncate(
         self,
@@ -131,8 +130,8 @@ class AheadOfNeed:
         Raises:
             InvalidRequest: no session, bad ranges, or hashes that do not match them or are not salted.
         """
-        try:
-            link = self._attachment.link()
+
+        def ask(link: Link) -> TruncateResult:
             request = truncate_request(
                 session_id,
                 source=self.pack(source),
@@ -145,12 +144,10 @@ class AheadOfNeed:
                 return TruncateResult(reason=Reason.NOT_HELD)
             request.namespace_id = self._namespace_id(link)
             response = link.call(link.stub.Truncate, request, deadline_s)
-        except InvalidRequest:
-            raise
-        except KVServiceError as error:
-            return TruncateResult(reason=self.reason_of(error))
-        reason = MISS_REASONS.get(response.miss, Reason.NOT_HELD)
-        return TruncateResult(response.chain_blocks, kept_blocks(response), response.held_blocks, reason)
+            reason = MISS_REASONS.get(response.miss, Reason.NOT_HELD)
+            return TruncateResult(response.chain_blocks, kept_blocks(response), response.held_blocks, reason)
+
+        return self._answer(ask, failed=lambda reason: TruncateResult(reason=reason))
 
     def prefetch(self, hashes: Sequence[bytes], *, session_id: str = "", request_id: str = "") -> PrefetchResult:
         """Bring blocks closer without waiting for them.
@@ -160,8 +157,8 @@ class AheadOfNeed:
         """
         if not hashes:
             return PrefetchResult()
-        try:
-            link = self._attachment.link()
+
+        def ask(link: Link) -> PrefetchResult:
             request = pb.PrefetchRequest(
                 namespace_id=self._namespace_id(link),
                 hashes=self.pack(hashes),
@@ -169,13 +166,11 @@ class AheadOfNeed:
                 request_id=request_id,
             )
             response = link.call(link.stub.Prefetch, request, LOOKUP_TIMEOUT_S)
-        except InvalidRequest:
-            raise
-        except KVServiceError as error:
-            return PrefetchResult(reason=self.reason_of(error))
-        in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
-        started = sum(run.blocks for run in response.runs if run.WhichOneof("outcome") == "started")
-        return PrefetchResult(in_dram, started)
+            in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
+            started = sum(run.blocks for run in response.runs if run.WhichOneof("outcome") == "started")
+            return PrefetchResult(in_dram, started)
+
+        return self._answer(ask, failed=lambda reason: PrefetchResult(reason=reason))
 
     def update_queue(self, waiting: Sequence[WaitingRequest], *, started: Collection[str] = ()) -> None:
         """Tell the daemon what this engine will need: its waiting requests, the next to start first.
@@ -208,16 +203,23 @@ class AheadOfNeed:
             hint.finished.SetInParent()
         else:
             hint.resumes_in_ms = int(1000 * min(max(resumption.in_s, 0.0), 1e6))
-        try:
-            link = self._attachment.link()
+
+        def ask(link: Link) -> bool:
             if not link.welcome.limits.session_hints_max:
                 return False  # a daemon from before there were hints
             request = pb.HintSessionsRequest(namespace_id=self._namespace_id(link), hints=[hint])
             return bool(link.call(link.stub.HintSessions, request, LOOKUP_TIMEOUT_S).known)
+
+        return self._answer(ask, failed=lambda reason: False)
+
+    def _answer(self, ask: Callable[[Link], ResultT], *, failed: Callable[[Reason], ResultT]) -> ResultT:
+        """What the daemon says; only the caller's own mistakes raise (InvalidRequest), other errors are a result."""
+        try:
+            return ask(self._attachment.link())
         except InvalidRequest:
             raise
-        except KVServiceError:
-            return False
+        except KVServiceError as error:
+            return failed(self.reason_of(error))
 
     def _close_feed(self) -> None:
         with self._feed_lock:

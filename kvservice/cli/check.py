@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvservice.cli.failures import FAILED, USAGE, CommandFailedError
+from kvservice.cli.failures import FAILED
 from kvservice.cli.flags import Parser
+from kvservice.cli.surveys import directory_parser, surveyed
 from kvservice.cli.words import count, duration, foreign, size
-from kvservice.errors import StartupError
-from kvservice.nvme import CheckedExtent, Survey, extent_stride_bytes
+from kvservice.nvme import CheckedExtent, extent_stride_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,11 @@ class Report:
 
 def parser() -> Parser:
     """The arguments of `kvservice check`."""
-    made = Parser(
+    return directory_parser(
         "check",
         "Read and verify every block in a directory of the NVMe tier, while no daemon has it. Changes nothing. Exit "
         "status: 0 all is intact, 1 something is damaged, 2 it could not be checked.",
     )
-    made.add_argument("directory", metavar="DIR", help="one of the daemon's nvme_dirs")
-    made.add_argument("--json", action="store_true", help="print what was found as JSON")
-    return made
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,18 +56,15 @@ def main(argv: Sequence[str]) -> int:
 def examined(directory: str) -> Report:
     """Check a directory, with a progress bar on a terminal's stderr. Blocks. Raises CommandFailedError."""
     started_s = time.monotonic()
-    try:
-        with Survey(directory) as survey:
-            bad, superseded, blocks, size_bytes = [], 0, 0, 0
-            for extent in _shown(survey.check(), survey.blocks):
-                blocks += 1
-                size_bytes += extent_stride_bytes(extent.spec.block_size_bytes)
-                superseded += extent.is_superseded
-                if extent.is_bad:
-                    bad.append(extent)
-            damage = survey.damage()
-    except (StartupError, OSError) as error:
-        raise CommandFailedError(str(error), status=USAGE) from error
+    with surveyed(directory) as survey:
+        bad, superseded, blocks, size_bytes = [], 0, 0, 0
+        for extent in _shown(survey.check(), survey.blocks):
+            blocks += 1
+            size_bytes += extent_stride_bytes(extent.spec.block_size_bytes)
+            superseded += extent.is_superseded
+            if extent.is_bad:
+                bad.append(extent)
+        damage = survey.damage()
     return Report(directory, blocks, size_bytes, time.monotonic() - started_s, bad, superseded, damage)
 
 

@@ -11,37 +11,30 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from kvservice.cli.failures import USAGE, CommandFailedError
 from kvservice.cli.flags import Parser
 from kvservice.cli.stats import console
+from kvservice.cli.surveys import directory_parser, surveyed
 from kvservice.cli.words import count, duration, foreign, size
-from kvservice.errors import StartupError
 from kvservice.nvme import NamespaceContents, Survey
 
 
 def parser() -> Parser:
     """The arguments of `kvservice inspect`."""
-    made = Parser(
+    return directory_parser(
         "inspect",
         "Print what is in a directory of the NVMe tier, while no daemon has it (kvservice stats asks a running one). "
         "Reads the index only and changes nothing; kvservice check verifies the blocks.",
     )
-    made.add_argument("directory", metavar="DIR", help="one of the daemon's nvme_dirs")
-    made.add_argument("--json", action="store_true", help="print it as JSON")
-    return made
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the contents. Raises CommandFailedError where the directory is a running daemon's, or none."""
     arguments = parser().read(argv)
-    try:
-        with Survey(arguments.directory) as survey:
-            if arguments.json:
-                print(as_json(survey, now_s=time.time()))
-            else:
-                console().print(as_tables(survey, now_s=time.time()))
-    except (StartupError, OSError) as error:
-        raise CommandFailedError(str(error), status=USAGE) from error
+    with surveyed(arguments.directory) as survey:
+        if arguments.json:
+            print(as_json(survey, now_s=time.time()))
+        else:
+            console().print(as_tables(survey, now_s=time.time()))
     return 0
 
 

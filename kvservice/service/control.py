@@ -16,7 +16,7 @@ from kvservice.service.block_requests import BlockRequests, RequestedBlocks
 from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
 from kvservice.service.devices import Devices
 from kvservice.service.messages import require_text
-from kvservice.store import Peer, Store, explain
+from kvservice.store import Peer, Store
 from kvservice.store.outcomes import Granted
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from kvservice_proto.v1 import kvservice_pb2_grpc
@@ -230,21 +230,10 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             epoch=self.epoch,
             started_at_s=self._started_at_s,
             state=self._state(),
-            planes=self._store.device_copies.planes,
         )
 
     def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
-        store = self._store
-        tenant = self._instance(context).tenant
-        found = explain(
-            store.namespaces.values(),
-            tenant,
-            request.hash,
-            request.fingerprint,
-            store.clock(),
-            why_unreadable=store.disks.why_unreadable,
-        )
-        return messages.explain_response(found)
+        return reports.explanation(self._store, self._instance(context).tenant, request)
 
     # ----------------------------------------------------------------- privately
 

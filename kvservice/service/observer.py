@@ -12,10 +12,10 @@ from kvservice.blocks import Tenant
 from kvservice.errors import PermissionDenied, Unauthenticated
 from kvservice.instances import Identity
 from kvservice.metrics import Metrics
-from kvservice.service import messages, reports
+from kvservice.service import reports
 from kvservice.service.calls import Context, unary
 from kvservice.service.control import ControlService
-from kvservice.store import Store, explain
+from kvservice.store import Store
 from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
@@ -40,21 +40,10 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
             epoch=self._control.epoch,
             started_at_s=self._started_at_s,
             state=self._state(),
-            planes=self._store.device_copies.planes,
         )
 
     def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
-        store = self._store
-        tenant = self._tenant(context)
-        found = explain(
-            store.namespaces.values(),
-            tenant,
-            request.hash,
-            request.fingerprint,
-            store.clock(),
-            why_unreadable=store.disks.why_unreadable,
-        )
-        return messages.explain_response(found)
+        return reports.explanation(self._store, self._tenant(context), request)
 
     def _tenant(self, context: Context) -> Tenant:
         name = next(iter(context.auth_context().get("x509_common_name", ())), b"")

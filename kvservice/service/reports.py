@@ -1,21 +1,19 @@
-"""Stats: the state of the daemon, and of the caller's tenant, as a message."""
+"""Stats and Explain: the state of the daemon, and of the caller's tenant, as messages."""
 
 from __future__ import annotations
 
 from kvservice import __version__
 from kvservice.blocks import DropReason, Tenant, Tier
 from kvservice.leases import HoldKind
-from kvservice.service.messages import TIERS
-from kvservice.store import Namespace, Peer, Store
+from kvservice.service.messages import TIERS, explain_response
+from kvservice.store import Namespace, Peer, Store, explain
 from kvservice.tiers import DiskUsage
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _EVICTIONS = (DropReason.CAPACITY, DropReason.QUOTA, DropReason.RECLAIMED)
 
 
-def stats(
-    store: Store, tenant: Tenant, *, epoch: str, started_at_s: float, state: str, planes: str
-) -> pb.StatsResponse:
+def stats(store: Store, tenant: Tenant, *, epoch: str, started_at_s: float, state: str) -> pb.StatsResponse:
     """Totals of the daemon; namespaces and instances of the tenant only."""
     leases = store.leases
     return pb.StatsResponse(
@@ -23,7 +21,7 @@ def stats(
         daemon_epoch=epoch,
         uptime_s=store.clock() - started_at_s,
         state=state,
-        planes=planes,
+        planes=store.device_copies.planes,
         instances=store.instances.attached,
         leases=leases.count(HoldKind.READ),
         reservations=leases.count(HoldKind.WRITE),
@@ -83,6 +81,19 @@ def _disk_stats(disk: DiskUsage) -> pb.DiskStats:
             for priority, depth in disk.depths.items()
         ],
     )
+
+
+def explanation(store: Store, tenant: Tenant, request: pb.ExplainRequest) -> pb.ExplainResponse:
+    """What became of one block in the tenant's namespaces. Raises InvalidRequest."""
+    found = explain(
+        store.namespaces.values(),
+        tenant,
+        request.hash,
+        request.fingerprint,
+        store.clock(),
+        why_unreadable=store.disks.why_unreadable,
+    )
+    return explain_response(found)
 
 
 def _namespace_stats(store: Store, namespace: Namespace) -> pb.NamespaceStats:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedModel
 
 from kvservice_adapters.serving import Request, Result, ServingLoop
@@ -39,16 +38,8 @@ def restart(daemon: DaemonProcess) -> None:
     assert daemon.wait_event("recovered")["blocks"] > 0
 
 
-def series(daemon: DaemonProcess, name: str, **labels: str) -> float:
-    for family in text_string_to_metric_families(daemon.get("/metrics")[1]):
-        for sample in family.samples:
-            if sample.name == name and labels.items() <= sample.labels.items():
-                return sample.value
-    raise AssertionError(f"no series {name} {labels}")
-
-
 def started_as(daemon: DaemonProcess, blocks: str) -> float:
-    return series(daemon, "kvservice_prefetch_request_starts_total", blocks=blocks)
+    return daemon.series("kvservice_prefetch_request_starts_total", blocks=blocks)
 
 
 # ---------------------------------------------------------------- serving loop
@@ -75,18 +66,18 @@ def test_the_serving_loops_queue_is_fetched_before_its_turn(model: PreTrainedMod
             loop.submit(request)
 
         def is_covered() -> bool:
-            needed = series(slow_disk, "kvservice_prefetch_window_blocks")
-            return needed > 0 and needed == series(slow_disk, "kvservice_prefetch_window_dram_blocks")
+            needed = slow_disk.series("kvservice_prefetch_window_blocks")
+            return needed > 0 and needed == slow_disk.series("kvservice_prefetch_window_dram_blocks")
 
-        eventually(lambda: series(slow_disk, "kvservice_queued_requests") == BURST)
+        eventually(lambda: slow_disk.series("kvservice_queued_requests") == BURST)
         eventually(is_covered)
         resumed = served(loop)
         for name, result in resumed.items():
             assert (result.tokens, result.reused_tokens) == (computed[name].tokens, 288)
         eventually(lambda: started_as(slow_disk, "ready") == BURST)
-        assert series(slow_disk, "kvservice_prefetch_lead_seconds_count") == BURST
-        assert series(slow_disk, "kvservice_prefetch_blocks_total", outcome="late") == 0
-        assert series(slow_disk, "kvservice_queued_requests") == 0
+        assert slow_disk.series("kvservice_prefetch_lead_seconds_count") == BURST
+        assert slow_disk.series("kvservice_prefetch_blocks_total", outcome="late") == 0
+        assert slow_disk.series("kvservice_queued_requests") == 0
 
 
 def test_the_serving_loop_computes_what_the_disk_would_bring_later(
@@ -130,11 +121,11 @@ def test_a_burst_on_vllm_is_fetched_before_its_requests_start(
     vllm.do("drop_cache")
     outcomes = burst(vllm, 64)
     assert [outcome["tokens"] for outcome in outcomes] == expected
-    eventually(lambda: series(slow_disk, "kvservice_queued_requests") == 0)
+    eventually(lambda: slow_disk.series("kvservice_queued_requests") == 0)
     states = ("ready", "late", "absent", "nothing_held")
     assert sum(started_as(slow_disk, state) for state in states) <= BURST, "a request starts once"
     # The first starts at once; while one runs, the next are fetched.
     assert started_as(slow_disk, "ready") >= BURST // 2
-    assert series(slow_disk, "kvservice_prefetch_lead_seconds_count") >= BURST // 2
-    assert series(slow_disk, "kvservice_prefetch_blocks_total", outcome="useful") > 0
+    assert slow_disk.series("kvservice_prefetch_lead_seconds_count") >= BURST // 2
+    assert slow_disk.series("kvservice_prefetch_blocks_total", outcome="useful") > 0
     assert [outcome["cached"] for outcome in outcomes].count(HELD_TOKENS) >= BURST // 2

@@ -24,6 +24,7 @@ from kvservice_adapters.serving import (
     WindowExceeded,
 )
 from kvservice_adapters.transformers import AdapterOptions, DrainOutcome, TransformersAdapter, serve_model
+from tests.adapters.clients import PassingClient
 from tests.daemons import DaemonProcess
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(120)]
@@ -112,35 +113,13 @@ def test_conversations_resume_with_the_same_tokens_and_compute_what_is_new(
         assert (stats.unsaved_blocks, stats.skipped_blocks, stats.failed_loads) == ({}, {}, {})
 
 
-class HarmfulClient:
+class HarmfulClient(PassingClient):
     """Zeroes what was loaded: the control that shows that loaded bytes are what the model attends to."""
 
-    def __init__(self, client: kv.Client) -> None:
-        self._client = client
-
-    @property
-    def attached(self) -> bool:
-        return self._client.attached
-
-    def plan_load(self, hashes: Sequence[bytes], **more: Any) -> kv.LoadPlan:
-        return self._client.plan_load(hashes, **more)
-
-    def update_queue(self, waiting: Sequence[kv.WaitingRequest], **more: Any) -> None:
-        self._client.update_queue(waiting, **more)
-
     def load(self, hashes: Sequence[bytes], destination: torch.Tensor, **more: Any) -> kv.LoadResult:
-        done = self._client.load(hashes, destination, **more)
+        done = super().load(hashes, destination, **more)
         destination.zero_()
         return done
-
-    def truncate(self, session_id: str, hashes: Sequence[bytes], **more: Any) -> kv.TruncateResult:
-        return self._client.truncate(session_id, hashes, **more)
-
-    def save(self, hashes: Sequence[bytes], source: object, **more: Any) -> kv.SaveResult:
-        return self._client.save(hashes, source, **more)
-
-    def close(self) -> None:
-        self._client.close()
 
 
 def test_zeroed_blocks_give_other_tokens(model: PreTrainedModel, socket_dir: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import kvservice_client as kv
 from kvservice_adapters.transformers import AdapterOptions, serve_model
+from tests.adapters.clients import PassingClient
 from tests.adapters.generating import (
     REUSABLE_BLOCKS,
     REUSABLE_TOKENS,
@@ -30,36 +31,17 @@ from tests.daemons import DaemonProcess
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(120)]
 
 
-class KillsDaemon:
+class KillsDaemon(PassingClient):
     """A client that kills the daemon after a lookup, before the load that follows it."""
 
     def __init__(self, client: kv.Client, daemon: DaemonProcess) -> None:
-        self._client = client
+        super().__init__(client)
         self._daemon = daemon
 
-    @property
-    def attached(self) -> bool:
-        return self._client.attached
-
-    def update_queue(self, waiting: Sequence[kv.WaitingRequest], **more: Any) -> None:
-        self._client.update_queue(waiting, **more)
-
     def plan_load(self, hashes: Sequence[bytes], **more: Any) -> kv.LoadPlan:
-        found = self._client.plan_load(hashes, **more)
+        found = super().plan_load(hashes, **more)
         self._daemon.kill()
         return found
-
-    def load(self, hashes: Sequence[bytes], destination: object, **more: Any) -> kv.LoadResult:
-        return self._client.load(hashes, destination, **more)
-
-    def truncate(self, session_id: str, hashes: Sequence[bytes], **more: Any) -> kv.TruncateResult:
-        return self._client.truncate(session_id, hashes, **more)
-
-    def save(self, hashes: Sequence[bytes], source: object, **more: Any) -> kv.SaveResult:
-        return self._client.save(hashes, source, **more)
-
-    def close(self) -> None:
-        self._client.close()
 
 
 def test_an_absent_daemon_costs_the_reuse_and_nothing_else(

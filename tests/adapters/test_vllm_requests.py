@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from benchmarks.vllm_server import transfer_config
 from tests.adapters.conftest import TINY
-from tests.adapters.vllm_engine import EngineFailed, VllmEngine
+from tests.adapters.vllm_engine import VllmEngine
 from tests.adapters.vllm_scenes import HELD_TOKENS, PROMPT_TOKENS, TAIL_TOKENS, answer, computed_before, prompt
+from tests.commands import CommandFailed
 from tests.daemons import DaemonProcess
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
@@ -129,7 +130,7 @@ def test_a_lora_has_blocks_of_its_own_even_where_its_files_change(
 def test_settings_that_cannot_work_are_refused_at_start(
     vllm: VllmEngine, model_dir: Path, change: dict[str, object], complaint: str
 ) -> None:
-    with pytest.raises(EngineFailed, match=complaint):
+    with pytest.raises(CommandFailed, match=complaint):
         vllm.open(model_dir, kv_transfer_config=transfer_config() | change)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.vllm_server import VENV, transfer_config, vllm_environment
+from tests.commands import CommandedProcess
 from tests.daemons import DaemonProcess
 
 _PROGRAM = Path(__file__).parent / "programs" / "vllm_engine.py"
@@ -25,19 +24,11 @@ PATIENT: dict[str, Any] = {"lookup_wait_s": 10.0, "promotion_wait_s": 20.0, "att
 """Options of the adapter with which a busy machine does not decide whether a block is reused."""
 
 
-class EngineFailed(Exception):
-    """The command raised in the engine; `kind` is the exception's class."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
-
-
-class VllmEngine:
+class VllmEngine(CommandedProcess):
     """A process with one engine at a time. A context manager that leaves no process behind."""
 
     def __init__(self, **environ: str) -> None:
-        self._popen = subprocess.Popen(
+        popen = subprocess.Popen(
             [VENV / "bin" / "python", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -45,6 +36,7 @@ class VllmEngine:
             text=True,
             env=vllm_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0") | environ,
         )
+        super().__init__(popen, answer_s=_ANSWER_S)
         self.opened: object = None
         """What engine is open, for those who share one."""
 
@@ -56,42 +48,7 @@ class VllmEngine:
     ) -> None:
         self._popen.kill()
         self._popen.wait()
-        for stream in (self._popen.stdin, self._popen.stdout):
-            assert stream is not None
-            stream.close()
-
-    def start(self, command: str, **arguments: Any) -> None:
-        """Send a command without waiting for its answer."""
-        assert self._popen.stdin is not None
-        self._popen.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        self._popen.stdin.flush()
-
-    def answer(self) -> Any:
-        """Wait for the answer of the oldest command.
-
-        Raises:
-            EngineFailed: the command raised.
-            EOFError: the process is gone.
-        """
-        assert self._popen.stdout is not None
-        # A read of a pipe has no deadline of its own; the end of the process ends it.
-        watchdog = threading.Timer(_ANSWER_S, self._popen.kill)
-        watchdog.start()
-        try:
-            line = self._popen.stdout.readline()
-        finally:
-            watchdog.cancel()
-        if not line:
-            raise EOFError(f"the engine is gone: {self._popen.wait()}")
-        answered = json.loads(line)
-        if "error" in answered:
-            raise EngineFailed(answered["error"], answered["message"])
-        return answered["answer"]
-
-    def do(self, command: str, **arguments: Any) -> Any:
-        """Send a command and wait for its answer. Raises EngineFailed, EOFError."""
-        self.start(command, **arguments)
-        return self.answer()
+        self.close_pipes()
 
     def close(self) -> None:
         """End the engine, if one is open."""
@@ -99,7 +56,7 @@ class VllmEngine:
         self.do("close")
 
     def open(self, model: Path, **arguments: Any) -> None:
-        """Start an engine on that model. Raises EngineFailed."""
+        """Start an engine on that model. Raises CommandFailed."""
         settings = {
             "model": str(model),
             "skip_tokenizer_init": True,

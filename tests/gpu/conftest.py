@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,13 +17,6 @@ GIB = 1 << 30
 _PROGRAM = Path(__file__).parent / "engine.py"
 
 MakeGpuEngine = Callable[[], EngineProcess]
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """Closes what the other fixtures made, the last first."""
-    with ExitStack() as made:
-        yield made
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain, namespace
+from tests.commands import CommandFailed
 from tests.connections import FrameSocket
 from tests.daemons import DaemonThread
-from tests.engines import EngineFailed, EngineProcess
+from tests.engines import EngineProcess
 from tests.integration.books import Code, books, refused
 from tests.integration.conftest import MakeConnection, MakeDaemon, MakeDaemonThread, MakeEngine
 from tests.waiting import eventually
@@ -125,7 +126,7 @@ def attach_as(daemon_socket_dir: str, engine: EngineProcess) -> str:
     """The status of an attachment, or the class of what it raised."""
     try:
         return engine.attach(daemon_socket_dir, namespace(), timeout_s=1.0)
-    except EngineFailed as failed:
+    except CommandFailed as failed:
         return failed.kind
 
 

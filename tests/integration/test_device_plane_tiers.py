@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,18 @@ def on_disk(make_daemon_thread: MakeDaemonThread, directory: Path, gpu: FakeGpu)
     )
 
 
+def move_to_nvme(engine: Engine) -> None:
+    """Save others until the first 12 blocks of "a" have left DRAM, as they may once they are durable."""
+    numbers = itertools.count()
+
+    def has_left() -> bool:
+        engine.kv.save(chain(f"other {next(numbers)}", 40), range(40))
+        looked = engine.client.lookup(chain("a", 12))
+        return looked.blocks == 12 and looked.dram_blocks == 0
+
+    eventually(has_left)
+
+
 def test_blocks_that_are_on_nvme_only_are_read_and_then_copied(
     make_daemon_thread: MakeDaemonThread, short_path: Path, gpu: FakeGpu
 ) -> None:
@@ -64,17 +77,7 @@ def test_blocks_that_are_on_nvme_only_are_read_and_then_copied(
     with Engine(gpu, daemon) as engine:
         kept = engine.array[:12].copy()
         assert engine.kv.save(chain("a", 12), range(12)).saved == 12
-        # Others until the first ones have left DRAM, as they may once they are durable.
-        number = 0
-
-        def has_left() -> bool:
-            nonlocal number
-            number += 1
-            engine.kv.save(chain(f"other {number}", 40), range(40))
-            looked = engine.client.lookup(chain("a", 12))
-            return looked.blocks == 12 and looked.dram_blocks == 0
-
-        eventually(has_left)
+        move_to_nvme(engine)
         load = engine.kv.load(chain("a", 12), range(30, 42))
         assert load.result() == kv.LoadResult(12, Reason.OK)
         assert np.array_equal(engine.array[30:42], kept)
@@ -88,16 +91,7 @@ def test_a_block_that_is_damaged_on_disk_ends_the_load_before_it(
     with Engine(gpu, daemon) as engine:
         engine.kv.save(chain("a", 12), range(12))
         kept = engine.array[:12].copy()
-        number = 0
-
-        def has_left() -> bool:
-            nonlocal number
-            number += 1
-            engine.kv.save(chain(f"other {number}", 40), range(40))
-            looked = engine.client.lookup(chain("a", 12))
-            return looked.blocks == 12 and looked.dram_blocks == 0
-
-        eventually(has_left)
+        move_to_nvme(engine)
         needle = kept[7].tobytes()[:4096]
         damaged = 0
         for path in (short_path / "nvme" / "segments").iterdir():

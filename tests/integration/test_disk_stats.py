@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.blocks import chain, namespace
-from tests.daemons import DaemonProcess, environment
+from tests.daemons import environment
 from tests.integration.conftest import MakeClient, MakeDaemon
 from tests.integration.test_nvme_restart import BLOCK_BYTES, BLOCKS, knobs, load, recovered, save
 from tests.waiting import eventually
@@ -18,13 +17,6 @@ from tests.waiting import eventually
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 CHAINS = 4
-
-
-def series(daemon: DaemonProcess, name: str, **labels: str) -> float:
-    """The sum of a family's samples with at least these labels."""
-    wanted = {f'{label}="{value}"' for label, value in labels.items()}
-    found = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", daemon.get("/metrics")[1], re.MULTILINE)
-    return sum(float(value) for text, value in found if wanted <= set(text.split(",")))
 
 
 def test_hits_by_tier_and_misses_add_up_to_what_was_requested(
@@ -42,7 +34,7 @@ def test_hits_by_tier_and_misses_add_up_to_what_was_requested(
         load(client, name)
     asked = 4 * BLOCKS
     outcomes = {
-        outcome: series(daemon, "kvservice_block_requests_total", outcome=outcome)
+        outcome: daemon.series("kvservice_block_requests_total", outcome=outcome)
         for outcome in ("dram", "nvme", "miss")
     }
     assert outcomes == {"dram": BLOCKS, "nvme": 2 * BLOCKS, "miss": BLOCKS}
@@ -72,11 +64,11 @@ def test_a_directory_tells_what_moved_how_worn_it_is_and_who_waits(
     assert disk.writes_per_day == pytest.approx(disk.written_bytes / disk.device_bytes * 1440), "the first minute"
     assert [depth.priority for depth in disk.transfers] == ["get", "prefetch", "write"]
     assert client.stats().namespaces[0].nvme_bytes == disk.used_bytes
-    assert series(daemon, "kvservice_disk_state", disk=directory, state="online") == 1
-    assert series(daemon, "kvservice_disk_state", disk=directory) == 1, "in one state at a time"
-    assert series(daemon, "kvservice_disk_bytes_total", what="admitted") == stored_bytes
-    assert series(daemon, "kvservice_disk_bytes_total", what="written") >= disk.written_bytes
-    assert series(daemon, "kvservice_disk_seconds_total", what="write") > 0
+    assert daemon.series("kvservice_disk_state", disk=directory, state="online") == 1
+    assert daemon.series("kvservice_disk_state", disk=directory) == 1, "in one state at a time"
+    assert daemon.series("kvservice_disk_bytes_total", what="admitted") == stored_bytes
+    assert daemon.series("kvservice_disk_bytes_total", what="written") >= disk.written_bytes
+    assert daemon.series("kvservice_disk_seconds_total", what="write") > 0
     daemon.stop()
     daemon.restart()
     recovered(daemon)
@@ -85,7 +77,7 @@ def test_a_directory_tells_what_moved_how_worn_it_is_and_who_waits(
     (disk,) = client.stats().tiers[1].disks
     assert (disk.read_bytes, disk.admitted_bytes) == (BLOCKS * BLOCK_BYTES, 0)
     assert disk.read_s > 0
-    assert series(daemon, "kvservice_disk_bytes_total", what="read") == disk.read_bytes
+    assert daemon.series("kvservice_disk_bytes_total", what="read") == disk.read_bytes
     shown = subprocess.run(
         [sys.executable, "-m", "kvservice", "stats", "--socket-dir", daemon.socket_dir],
         check=True,

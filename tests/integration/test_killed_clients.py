@@ -8,8 +8,9 @@ import psutil
 import pytest
 
 from tests.blocks import namespace
+from tests.commands import CommandFailed
 from tests.daemons import DaemonThread
-from tests.engines import EngineFailed, EngineProcess
+from tests.engines import EngineProcess
 from tests.integration.conftest import MakeDaemon, MakeDaemonThread, MakeEngine
 from tests.waiting import DEADLINE_S, eventually
 
@@ -67,7 +68,7 @@ def test_killed_in_the_middle_of_a_load(daemon_thread: DaemonThread, make_engine
     assert victim.do("get", name="a", blocks=BLOCKS) == BLOCKS
     assert victim.do("read", first=BLOCKS // 2) == ["right"] * (BLOCKS // 2)
     # What it holds cannot be evicted while it lives, and can be once it is dead.
-    with pytest.raises(EngineFailed, match="CapacityExhausted"):
+    with pytest.raises(CommandFailed, match="CapacityExhausted"):
         survivor.do("put", name="b", blocks=ARENA_BLOCKS - BLOCKS + 1)
     victim.kill()
     only_this_one_is_left(daemon_thread, survivor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 import kvservice_client as kv
 from tests.blocks import chain, contents, namespace
@@ -56,16 +55,8 @@ def queue(*names: str) -> list[kv.WaitingRequest]:
     return [kv.WaitingRequest(f"request {name}", CHAINS[name], session_id=name) for name in names]
 
 
-def series(daemon: DaemonProcess, name: str, **labels: str) -> float:
-    for family in text_string_to_metric_families(daemon.get("/metrics")[1]):
-        for sample in family.samples:
-            if sample.name == name and labels.items() <= sample.labels.items():
-                return sample.value
-    raise AssertionError(f"no series {name} {labels}")
-
-
 def prefetched(daemon: DaemonProcess, outcome: str) -> float:
-    return series(daemon, "kvservice_prefetch_blocks_total", outcome=outcome)
+    return daemon.series("kvservice_prefetch_blocks_total", outcome=outcome)
 
 
 def is_in_dram(client: kv.Client, name: str) -> bool:
@@ -82,30 +73,30 @@ def load(client: kv.Client, name: str) -> None:
 def test_what_waits_is_in_dram_before_it_starts(on_nvme: DaemonProcess, client: kv.Client) -> None:
     waiting = ["a", "b", "c"]
     client.update_queue(queue(*waiting))
-    eventually(lambda: series(on_nvme, "kvservice_queued_requests") == 3)
+    eventually(lambda: on_nvme.series("kvservice_queued_requests") == 3)
     while waiting:
         name = waiting.pop(0)
         eventually(lambda name=name: is_in_dram(client, name))  # type: ignore[misc]
         client.update_queue(queue(*waiting), started=[f"request {name}"])
         load(client, name)
-    eventually(lambda: series(on_nvme, "kvservice_prefetch_request_starts_total", blocks="ready") == 3)
-    assert series(on_nvme, "kvservice_prefetch_lead_seconds_count") == 3, "each fetch ended before its request started"
+    eventually(lambda: on_nvme.series("kvservice_prefetch_request_starts_total", blocks="ready") == 3)
+    assert on_nvme.series("kvservice_prefetch_lead_seconds_count") == 3, "each fetch ended before its request started"
     outcomes = {outcome: prefetched(on_nvme, outcome) for outcome in ("started", "useful", "late", "wasted")}
     assert outcomes == {"started": 3 * BLOCKS, "useful": 3 * BLOCKS, "late": 0, "wasted": 0}
-    assert series(on_nvme, "kvservice_block_requests_total", outcome="dram") == 3 * BLOCKS
-    assert series(on_nvme, "kvservice_queued_requests") == 0
+    assert on_nvme.series("kvservice_block_requests_total", outcome="dram") == 3 * BLOCKS
+    assert on_nvme.series("kvservice_queued_requests") == 0
 
 
 def test_the_windows_are_visible(on_nvme: DaemonProcess, client: kv.Client) -> None:
     client.update_queue(queue(*TALKS))
 
     def covered() -> bool:
-        needed = series(on_nvme, "kvservice_prefetch_window_blocks")
-        return needed == 6 * BLOCKS == series(on_nvme, "kvservice_prefetch_window_dram_blocks")
+        needed = on_nvme.series("kvservice_prefetch_window_blocks")
+        return needed == 6 * BLOCKS == on_nvme.series("kvservice_prefetch_window_dram_blocks")
 
     eventually(covered)
-    assert series(on_nvme, "kvservice_prefetch_window_requests") == 6
-    assert series(on_nvme, "kvservice_eviction_window_requests") == 6
+    assert on_nvme.series("kvservice_prefetch_window_requests") == 6
+    assert on_nvme.series("kvservice_eviction_window_requests") == 6
     stats = client.stats()
     assert [instance.queued_requests for instance in stats.attached_instances] == [6]
 
@@ -115,7 +106,7 @@ def test_a_new_order_of_the_queue_reads_nothing_twice(on_nvme: DaemonProcess, cl
     eventually(lambda: prefetched(on_nvme, "started") == 5 * BLOCKS)
     client.update_queue(queue("e", "d", "c", "b", "a"))
     eventually(lambda: all(is_in_dram(client, name) for name in "abcde"))
-    assert series(on_nvme, "kvservice_transfer_bytes_total", direction="nvme_to_dram") == 5 * BLOCKS * BLOCK_BYTES
+    assert on_nvme.series("kvservice_transfer_bytes_total", direction="nvme_to_dram") == 5 * BLOCKS * BLOCK_BYTES
 
 
 def test_what_leaves_the_queue_is_not_read(on_nvme: DaemonProcess, client: kv.Client) -> None:
@@ -125,7 +116,7 @@ def test_what_leaves_the_queue_is_not_read(on_nvme: DaemonProcess, client: kv.Cl
     eventually(lambda: is_in_dram(client, "f"))
 
     def is_accounted_for() -> bool:
-        read_bytes = series(on_nvme, "kvservice_transfer_bytes_total", direction="nvme_to_dram")
+        read_bytes = on_nvme.series("kvservice_transfer_bytes_total", direction="nvme_to_dram")
         return read_bytes == (6 * BLOCKS - prefetched(on_nvme, "cancelled")) * BLOCK_BYTES
 
     eventually(is_accounted_for, what="what was started was either read or cancelled")
@@ -142,9 +133,9 @@ def test_a_request_that_starts_before_its_fetch_has_ended_is_counted_and_read_on
     # Too early, unless this machine has been busy with something else for longer than b takes to be read.
     starts = ("late", "ready")
     eventually(
-        lambda: sum(series(on_nvme, "kvservice_prefetch_request_starts_total", blocks=how) for how in starts) == 1
+        lambda: sum(on_nvme.series("kvservice_prefetch_request_starts_total", blocks=how) for how in starts) == 1
     )
-    assert series(on_nvme, "kvservice_transfer_bytes_total", direction="nvme_to_dram") <= 2 * BLOCKS * BLOCK_BYTES
+    assert on_nvme.series("kvservice_transfer_bytes_total", direction="nvme_to_dram") <= 2 * BLOCKS * BLOCK_BYTES
 
 
 def test_a_prefetch_that_nobody_used_is_wasted(on_nvme: DaemonProcess, client: kv.Client) -> None:
@@ -166,27 +157,27 @@ def test_shared_prefixes_are_read_once_for_all_instances(
         tail = chain(f"tail {number}", 3)
         engine.update_queue([kv.WaitingRequest("x", [*CHAINS["a"], *tail]), kv.WaitingRequest("y", CHAINS["a"][:5])])
     eventually(lambda: is_in_dram(client, "a"))
-    eventually(lambda: series(on_nvme, "kvservice_queued_requests") == 4)
+    eventually(lambda: on_nvme.series("kvservice_queued_requests") == 4)
     assert prefetched(on_nvme, "started") == BLOCKS
 
 
 def test_the_queue_ends_with_its_instance(on_nvme: DaemonProcess, make_client: MakeClient) -> None:
     engine = make_client(on_nvme.socket_dir, namespace(block_size_bytes=BLOCK_BYTES))
     engine.update_queue(queue(*TALKS))
-    eventually(lambda: series(on_nvme, "kvservice_queued_requests") == 6)
+    eventually(lambda: on_nvme.series("kvservice_queued_requests") == 6)
     engine.close()
-    eventually(lambda: series(on_nvme, "kvservice_queued_requests") == 0)
-    eventually(lambda: series(on_nvme, "kvservice_prefetch_window_requests") == 0)
+    eventually(lambda: on_nvme.series("kvservice_queued_requests") == 0)
+    eventually(lambda: on_nvme.series("kvservice_prefetch_window_requests") == 0)
 
 
 def test_a_new_daemon_is_told_the_whole_queue(on_nvme: DaemonProcess, client: kv.Client) -> None:
     client.update_queue(queue("a", "b"))
-    eventually(lambda: series(on_nvme, "kvservice_queued_requests") == 2)
+    eventually(lambda: on_nvme.series("kvservice_queued_requests") == 2)
     on_nvme.kill()
     on_nvme.restart()
     eventually(lambda: client.attached)
     client.update_queue(queue("b"), started=["request a"])
-    eventually(lambda: series(on_nvme, "kvservice_queued_requests") == 1)
+    eventually(lambda: on_nvme.series("kvservice_queued_requests") == 1)
     eventually(lambda: is_in_dram(client, "b"))
 
 

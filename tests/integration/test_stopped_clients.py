@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.blocks import namespace
+from tests.commands import CommandFailed
 from tests.daemons import DaemonProcess, DaemonThread
-from tests.engines import EngineFailed, EngineProcess
+from tests.engines import EngineProcess
 from tests.integration.conftest import MakeDaemon, MakeDaemonThread, MakeEngine
 from tests.waiting import eventually
 
@@ -49,7 +50,7 @@ def test_stopped_in_the_middle_of_a_save(daemon: DaemonThread, make_engine: Make
     fill(other, "b", ARENA_BLOCKS - BLOCKS)
     fill(other, "c", ARENA_BLOCKS - 2 * BLOCKS)
     fill(other, "a", BLOCKS)
-    with pytest.raises(EngineFailed, match="CapacityExhausted"):
+    with pytest.raises(CommandFailed, match="CapacityExhausted"):
         other.do("put", name="d", blocks=ARENA_BLOCKS - BLOCKS + 1)
     assert quarantined(daemon) == BLOCKS
     stopped.resume()
@@ -57,7 +58,7 @@ def test_stopped_in_the_middle_of_a_save(daemon: DaemonThread, make_engine: Make
     stopped.do("write")
     assert other.do("load", name="a", blocks=BLOCKS) == {"blocks": BLOCKS, "reason": "ok", "wrong": 0}
     assert other.do("load", name="c", blocks=ARENA_BLOCKS - 2 * BLOCKS)["wrong"] == 0
-    with pytest.raises(EngineFailed, match="ReservationLost"):
+    with pytest.raises(CommandFailed, match="ReservationLost"):
         stopped.do("commit")
     assert quarantined(daemon) == BLOCKS
     stopped.do("abort")
@@ -81,7 +82,7 @@ def test_stopped_in_the_middle_of_a_load(daemon: DaemonThread, make_engine: Make
     stopped.resume()
     # Forgotten by all, but not overwritten: it may finish.
     assert set(stopped.do("read", first=first)) <= {"right", "changed"}
-    with pytest.raises(EngineFailed, match="LeaseExpired"):
+    with pytest.raises(CommandFailed, match="LeaseExpired"):
         stopped.do("renew")
     stopped.do("release")
     daemon.wait_no_holds()
@@ -165,7 +166,7 @@ def test_stopped_in_the_middle_of_a_save_while_the_daemon_goes_away(
     fill(other, "b", ARENA_BLOCKS - BLOCKS)
     stopped.resume()
     stopped.do("write")
-    with pytest.raises(EngineFailed, match=r"DaemonUnreachable|Unauthenticated|LeaseUnknown"):
+    with pytest.raises(CommandFailed, match=r"DaemonUnreachable|Unauthenticated|LeaseUnknown"):
         stopped.do("commit")
     stopped.do("abort")
     assert other.do("load", name="a", blocks=BLOCKS)["wrong"] == 0

@@ -256,15 +256,9 @@ def test_stats_count_the_daemon_and_show_the_callers_tenant_only() -> None:
         workplace.put(theirs, chain("c", 1))
         workplace.clock.advance(6.0)
         workplace.upkeep()
-        message = stats(
-            workplace.store, Tenant("uid:1"), epoch="e", started_at_s=1000.0, state="serving", planes="shared"
-        )
-        assert (message.daemon_epoch, message.uptime_s, message.state, message.planes) == (
-            "e",
-            6.0,
-            "serving",
-            "shared",
-        )
+        message = stats(workplace.store, Tenant("uid:1"), epoch="e", started_at_s=1000.0, state="serving")
+        assert (message.daemon_epoch, message.uptime_s, message.state) == ("e", 6.0, "serving")
+        assert message.planes == "shared-memory (no cuda-ipc: turned off (device_plane))"
         assert (message.instances, message.leases, message.reservations) == (2, 1, 1)
         assert message.quarantined_slots == len(granted.slots) == 3
         (tier,) = message.tiers
@@ -288,5 +282,5 @@ def test_evicted_blocks_in_stats_are_those_that_had_to_make_room() -> None:
         workplace.save(engine, chain("a", 16))
         workplace.save(engine, chain("b", 3))
         workplace.store.forget_namespace(engine.peer, 1)
-        message = stats(workplace.store, Tenant("uid:1"), epoch="", started_at_s=0.0, state="", planes="")
+        message = stats(workplace.store, Tenant("uid:1"), epoch="", started_at_s=0.0, state="")
         assert message.namespaces[0].evicted_blocks == 3
