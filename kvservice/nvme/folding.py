@@ -43,11 +43,13 @@ def fold_records(records: np.ndarray) -> np.ndarray:
     sessions = np.flatnonzero(kinds == RecordKind.SESSION)
     at, known = _find(in_order, extents[sessions])
     kept = sessions[known][sessions[known] > stored[order[at[known]]]]
+    kept = np.sort(np.append(kept, np.flatnonzero(kinds == RecordKind.FORGOTTEN)))
     aliases = np.flatnonzero((kinds == RecordKind.ALIASED) | (kinds == RecordKind.UNALIASED))
     at, known = _find(in_order, extents[aliases])
     named = _last_of_each_hash(records[aliases[known][aliases[known] > stored[order[at[known]]]]])
     named = named[named["kind"] == RecordKind.ALIASED]
     ends = _last_of_each_hash(records[kept])
+    ends = ends[ends["kind"] == RecordKind.SESSION]
     bound = sessions_max(len(live))
     folded: np.ndarray = np.concatenate((live, ends[-bound:], named[-bound:]))
     return folded

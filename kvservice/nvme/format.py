@@ -41,6 +41,7 @@ class RecordKind(IntEnum):
     SESSION = 4  # `hash` is a session's digest; it ends at the extent's block
     ALIASED = 5  # `hash`, behind `parent`, is the extent's block too; `checksum` is the owner, `uses` the block's depth
     UNALIASED = 6  # not any more
+    FORGOTTEN = 7  # `hash` is a session's digest: what was said of it before is void; a word about no extent
 
 
 RECORD = np.dtype(

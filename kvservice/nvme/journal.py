@@ -36,14 +36,12 @@ class Journal:
         self._number = max((number for _, number in self._on_disk.names()), default=0)
         self._descriptor = -1
         self._pages = 0
+        self._log_sizes_bytes = {number: self._on_disk.size_bytes_of("log", number) for number in self._logs()}
+        self.log_bytes = sum(self._log_sizes_bytes.values())
+        """In logs that no checkpoint covers; a write that failed counts as a whole. Nothing to ask the disk for."""
         self._is_spoilt = True
         with self._lock:
             self._next_log()
-
-    @property
-    def log_bytes(self) -> int:
-        """Bytes in logs that no checkpoint covers."""
-        return self._on_disk.size_bytes("log")
 
     @property
     def size_bytes(self) -> int:
@@ -57,6 +55,8 @@ class Journal:
                 self._next_log()
             self._is_spoilt = True
             pages = pack_pages(records, file_number=self._number, first_page=self._pages)
+            self._log_sizes_bytes[self._number] = self._pages * PAGE_BYTES + len(pages)
+            self._count()
             self._files.write(self._descriptor, [pages], self._pages * PAGE_BYTES)
             self._files.flush(self._descriptor)
             self._pages += len(pages) // PAGE_BYTES
@@ -84,11 +84,21 @@ class Journal:
             for kind, number in self._on_disk.names():
                 if number < covered or (kind == "log" and number == covered):
                     self._files.remove(self._on_disk.path(kind, number))
+            with self._lock:
+                for number in [number for number in self._log_sizes_bytes if number <= covered]:
+                    del self._log_sizes_bytes[number]
+                self._count()
 
     def close(self) -> None:
         """Give the descriptor back."""
         with self._fold_lock, self._lock:
             self._files.close(self._descriptor)
+
+    def _logs(self) -> list[int]:
+        return [number for kind, number in self._on_disk.names() if kind == "log"]
+
+    def _count(self) -> None:
+        self.log_bytes = sum(self._log_sizes_bytes.values())
 
     def _next_log(self) -> None:
         path = self._on_disk.path("log", self._number + 1)

@@ -33,7 +33,14 @@ class JournalFiles:
 
     def size_bytes(self, *kinds: str) -> int:
         """Bytes of all files of those kinds."""
-        return sum(self._file_bytes(kind, number) for kind, number in self.names() if kind in kinds)
+        return sum(self.size_bytes_of(kind, number) for kind, number in self.names() if kind in kinds)
+
+    def size_bytes_of(self, kind: str, number: int) -> int:
+        """Bytes of one file; 0 where there is none (any more)."""
+        try:
+            return os.stat(self.path(kind, number)).st_size
+        except FileNotFoundError:
+            return 0  # folded away meanwhile
 
     def read(self, *, up_to: int | None = None) -> tuple[np.ndarray, int]:
         """The live records (see `fold_records`) and how many pages were damaged. Raises OSError.
@@ -64,9 +71,3 @@ class JournalFiles:
         finally:
             self._files.close(descriptor)
         return bytes(content[:done])
-
-    def _file_bytes(self, kind: str, number: int) -> int:
-        try:
-            return os.stat(self.path(kind, number)).st_size
-        except FileNotFoundError:
-            return 0  # folded away meanwhile

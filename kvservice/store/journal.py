@@ -79,6 +79,12 @@ class Journal:
         assert isinstance(session, bytes), "sessions are known by their key"
         self._add(RecordKind.SESSION, namespace.spec, extent, block_hash=session)
 
+    def forgotten(self, namespace: Namespace, session: bytes) -> None:
+        """The session of that key has no end any more, on whichever disk it had one."""
+        for disk in self._disks.disks:
+            forgotten = record(RecordKind.FORGOTTEN, namespace.spec, 0, block_hash=session)
+            self._pend(disk, forgotten)
+
     def aliased(self, namespace: Namespace, rows: Rows) -> None:
         """These rows are aliases; those whose source is on NVMe are remembered, the others with their source."""
         for row, source in zip(rows.tolist(), namespace.index.source[rows].tolist(), strict=True):
@@ -165,9 +171,11 @@ class Journal:
 
     def _add(self, kind: RecordKind, spec: NamespaceSpec, extent: int, **fields: Any) -> None:
         """Queue a record; `fields` as `nvme.record` takes them."""
-        disk = self._disks.of(extent)
+        self._pend(self._disks.of(extent), record(kind, spec, self._disks.local(extent), **fields))
+
+    def _pend(self, disk: Disk, packed: PackedRecord) -> None:
         pending = self._pending[disk]
-        pending.append(record(kind, spec, self._disks.local(extent), **fields))
+        pending.append(packed)
         if len(pending) > _PENDING_MAX + self._kept.get(disk, 0):
             # The disk has been offline for long. What is lost is misses; that a block left is never lost: what was
             # forgotten would come back. There are no more of these than the disk has extents.

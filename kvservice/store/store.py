@@ -20,6 +20,7 @@ from kvservice.leases import HoldKind, Leases
 from kvservice.lookahead import Speeds
 from kvservice.metrics import Metrics
 from kvservice.nvme import Files, RealFiles
+from kvservice.sessions import session_key
 from kvservice.store import invariants
 from kvservice.store.checksummer import Checksummer
 from kvservice.store.device_copies import DeviceCopies
@@ -313,7 +314,10 @@ class Store:
 
     def forget_session(self, instance: Peer, namespace_id: int, session_id: str) -> Forgotten:
         """Drop the blocks that only this session needs: not those before another's end."""
-        return Forgotten(*self.namespace(instance, namespace_id).forget_session(session_id, self.clock()))
+        namespace = self.namespace(instance, namespace_id)
+        # Of a session that the books do not know (any more), too: a disk may remember it after a restart.
+        self.journal.forgotten(namespace, session_key(session_id))
+        return Forgotten(*namespace.forget_session(session_id, self.clock()))
 
     def forget_namespace(self, instance: Peer, namespace_id: int) -> Forgotten:
         """Drop every block of the namespace; what is leased is unreachable now, freed at release."""

@@ -129,6 +129,37 @@ def test_what_is_durable_is_found_again_with_its_recency_and_sessions(tmp_path: 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("folds", [False, True])
+def test_a_forgotten_session_does_not_come_back_to_keep_what_another_leaves(tmp_path: Path, *, folds: bool) -> None:
+    """The first session's end lies in what the second uses too: forgetting it drops no block, only its end."""
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        await node.start()
+        blocks = chain("shared", 6)
+        await node.engine.save(blocks[:4], session_id="first")
+        await node.flush()
+        await node.engine.save(blocks, session_id="second")
+        await node.flush()
+        assert node.store.forget_session(node.engine.peer, 1, "first").dropped == 0
+        await node.flush()
+        if folds:
+            node.store.disks.disks[0].volume.journal.fold()
+        await node.crash()
+        await node.start()
+        assert len(node.engine.namespace.sessions) == 1
+        assert node.store.forget_session(node.engine.peer, 1, "second").dropped == 6
+        # A session of that name that begins later is another one.
+        await node.engine.save(blocks, session_id="first")
+        await node.stop()
+        await node.start()
+        assert len(node.engine.namespace.sessions) == 1
+        assert node.store.forget_session(node.engine.peer, 1, "first").dropped == 6
+        await node.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_block_damaged_on_disk_is_a_miss_with_a_reason_and_the_rest_is_served(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)

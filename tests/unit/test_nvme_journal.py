@@ -92,6 +92,35 @@ def test_a_failed_checkpoint_leaves_no_draft_and_loses_nothing(tmp_path: Path) -
     volume.close()
 
 
+def test_the_length_of_the_log_is_known_without_looking_at_the_disk(tmp_path: Path) -> None:
+    def on_disk() -> int:
+        return sum(path.stat().st_size for path in (tmp_path / "index").glob("log-*"))
+
+    files = SlowFiles()
+    volume = opened(tmp_path, files)
+    for name in "abc":
+        store(volume, hashes_of(name, 40))
+        assert volume.journal.log_bytes == on_disk() > 0
+    files.is_failing = True
+    with pytest.raises(OSError, match="the test says so"):
+        volume.append(records_array([record(RecordKind.DROPPED, SPEC, 1 << 24)]))
+    files.is_failing = False
+    assert volume.journal.log_bytes >= on_disk(), "what failed may have grown the file"
+    store(volume, hashes_of("d", 40))
+    volume.close()
+    volume = opened(tmp_path)
+    assert volume.journal.log_bytes == on_disk()
+    volume.journal.fold()
+    assert volume.journal.log_bytes == on_disk() == 0
+    store(volume, hashes_of("e", 40))
+    index = tmp_path / "index"
+    index.rename(tmp_path / "elsewhere")
+    assert volume.journal.log_bytes > 0
+    assert not volume.needs_fold
+    (tmp_path / "elsewhere").rename(index)
+    volume.close()
+
+
 def test_nothing_is_appended_behind_a_failed_append(tmp_path: Path) -> None:
     """What the disk has of the end of that log is anybody's guess: the next records go to another."""
     files = SlowFiles()
