@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 
@@ -9,4 +10,6 @@ def main(argv: Sequence[str]) -> int:
     """Run the demo with its arguments; returns its exit status."""
     from kvservice.demo import main as run_demo  # noqa: PLC0415  # it loads torch, which takes seconds
 
+    # SIGTERM ends it like Ctrl-C: its daemon and its engines end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_demo(argv)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -55,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
             stats = connection.stats()
         screen.print(panels.activity(stats, rates_between(before, stats)))
         return 0
+    # SIGTERM ends it like Ctrl-C: the terminal is left as it was.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _single_keys(), Live(console=screen, screen=True, auto_refresh=False) as live:
             _watch(config, live, arguments.interval)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +38,7 @@ def check_together(values: Mapping[str, Any], knobs: Mapping[str, Knob], origins
 
     _check_access(values, refuse)
     _check_memory(values, refuse)
+    _check_directories(values, refuse)
     for glob, rule in values["namespaces"].items():
         for name in RULE_SETTINGS:
             described = dataclasses.replace(knobs[name], name=f'namespaces."{glob}".{name}')
@@ -82,6 +84,13 @@ def _check_memory(values: Mapping[str, Any], refuse: Refuse) -> None:
             f"{format_size(message_bytes_max)} does not fit hashes_per_call_max ({hashes_max}) "
             f"at {MESSAGE_BYTES_PER_HASH} bytes each; write at least {format_size(needed_bytes)}",
         )
+
+
+def _check_directories(values: Mapping[str, Any], refuse: Refuse) -> None:
+    directories = [os.path.normpath(directory) for directory in values["nvme_dirs"].split(":") if directory]
+    for directory in directories:
+        if directories.count(directory) > 1:
+            raise refuse("nvme_dirs", f"{shown(directory)} is named twice; name each device's directory once")
 
 
 def _check_network(values: Mapping[str, Any], refuse: Refuse) -> None:

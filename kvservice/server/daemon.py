@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import signal
 import time
 from contextlib import AsyncExitStack
@@ -18,6 +17,7 @@ from kvservice.leases import HoldKind
 from kvservice.logs import event_log
 from kvservice.metrics import Metrics, Snapshot, TierGauge
 from kvservice.server import status_page
+from kvservice.server.limits import look_at_limits
 from kvservice.server.listeners import Health, listen_tls, make_server
 from kvservice.server.sockets import SocketDirectory
 from kvservice.server.tasks import BackgroundTasks
@@ -40,7 +40,7 @@ def run(config: Config) -> int:
     Raises:
         StartupError: the message says what to change.
     """
-    _raise_descriptor_limit()
+    look_at_limits(config)
     uvloop.run(_serve(config))
     return 0
 
@@ -233,10 +233,3 @@ class Daemon:
         if self.store.is_draining:
             return Verdict(ok=False, reasons=(*live.reasons, "draining"))
         return live
-
-
-def _raise_descriptor_limit() -> None:
-    """Segments take four descriptors each and connections one: use what the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard))

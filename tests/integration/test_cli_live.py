@@ -266,8 +266,10 @@ def top(socket_dir: str) -> Iterator[Terminal]:
         terminal.close()
 
 
-@pytest.mark.parametrize("key", ["q", "Q", "\x03"], ids=["q", "Q", "ctrl-c"])
-def test_top_ends_by_a_key_and_leaves_the_terminal_as_it_was(running: Daemon, engine: kv.Client, key: str) -> None:
+@pytest.mark.parametrize("key", ["q", "Q", signal.SIGINT, signal.SIGTERM])
+def test_top_ends_by_a_key_or_a_signal_and_leaves_the_terminal_as_it_was(
+    running: Daemon, engine: kv.Client, key: str | signal.Signals
+) -> None:
     assert engine.attached
     with top(running.socket_dir) as terminal:
         terminal.wait_for(lambda shown: shown.count("tiny-llama f32") >= 3, "three frames")
@@ -276,8 +278,8 @@ def test_top_ends_by_a_key_and_leaves_the_terminal_as_it_was(running: Daemon, en
         terminal.press("x")
         terminal.wait_for(lambda shown: "tiny-llama f32" in shown, "another frame after a key without a meaning")
         assert terminal.process.poll() is None
-        if key == "\x03":
-            terminal.process.send_signal(signal.SIGINT)  # the terminal is not its controlling one here
+        if isinstance(key, signal.Signals):
+            terminal.process.send_signal(key)  # the terminal is not its controlling one here
         else:
             terminal.press(key)
         terminal.wait_for(lambda shown: "\x1b[?1049l" in shown, "the end of the alternate screen")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tests.processes import run_alone
+from tests.waiting import DEADLINE_S, eventually
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kvservice", "demo", "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run_alone(command, timeout_s=200)
 
 
 def test_conversations_resume_and_the_status_is_zero(tmp_path: Path) -> None:
@@ -70,6 +77,29 @@ def test_an_engine_that_is_broken_on_purpose_is_noticed(sabotage: str, noticed: 
     assert done.returncode == 1, done.stdout + done.stderr
     assert noticed in done.stdout
     assert "Something is off." in done.stdout
+
+
+def test_who_is_terminated_takes_daemon_and_engines_along(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvservice", "demo", "--quick"]
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environ, start_new_session=True) as running:
+        try:
+            shown = psutil.Process(running.pid)
+
+            def has_a_daemon() -> bool:
+                with contextlib.suppress(psutil.Error):  # one has just ended
+                    return any("serve" in child.cmdline() for child in shown.children())
+                return False
+
+            eventually(has_a_daemon, within_s=100)
+            children = shown.children()
+            running.terminate()
+            assert running.wait(DEADLINE_S) == 130
+            assert not [child for child in children if child.is_running()]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+    assert not list(tmp_path.glob("kvservice-demo-*"))
 
 
 def test_a_folder_without_a_model_is_said_so() -> None:

@@ -75,6 +75,26 @@ def test_a_link_in_the_directorys_place_is_followed_to_a_directory_of_ours_only(
     assert make_engine(daemon.socket_dir).do("save", name="a", blocks=1)["saved"] == 1
 
 
+def test_a_limit_of_open_files_too_low_for_anything(short_path: Path) -> None:
+    command = serve_command(short_path / "daemon", SMALL)
+    ran = subprocess.run(
+        ["/bin/sh", "-c", 'ulimit -n 32 && exec "$0" "$@"', *command],
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE_S,
+        env=environment(),
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "this process may open 32 files and needs 64 at least; raise the limit (ulimit -n" in ran.stderr
+    assert not list(short_path.iterdir())
+
+
+def test_more_memory_than_there_is_is_warned_of(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(dram_bytes=1 << 50)
+    assert daemon.event("dram_exceeds_memory")["memory_bytes"] < 1 << 50
+
+
 def test_a_path_too_long_for_a_socket(short_path: Path) -> None:
     said = fails_to_start(short_path / ("x" * 100))
     assert "socket_dir" in said
@@ -126,6 +146,7 @@ def test_a_wrong_knob_names_itself(short_path: Path) -> None:
     assert "dram_bytes" in fails_to_start(short_path / "daemon", dram_bytes="lots")
     assert "allowed_uids" in fails_to_start(short_path / "daemon", allowed_uids="root")
     assert "low_watermark" in fails_to_start(short_path / "daemon", low_watermark="0.99")
+    assert "is named twice" in fails_to_start(short_path / "daemon", nvme_dirs=f"{short_path}/n:{short_path}/./n")
     assert not list(short_path.iterdir())
 
 
