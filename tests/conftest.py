@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +53,15 @@ def gpu() -> Iterator[FakeGpu]:
     """A GPU made of host memory, see tests/devices.py."""
     with FakeGpu() as made:
         yield made
+
+
+def pytest_configure() -> None:
+    """Be ended by SIGTERM as by Ctrl-C, so that fixtures end the daemons and engines that they started.
+
+    By Ctrl-C too where a shell started this in its background, which ignores it, and passes that on to all children.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

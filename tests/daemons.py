@@ -80,7 +80,11 @@ class DaemonProcess:
         """Everything that it printed in all runs."""
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -217,7 +221,7 @@ class DaemonProcess:
             for line in lines:
                 with self._changed:
                     self.output += line
-                    if line.startswith("{"):
+                    if line.startswith("{") and line.endswith("\n"):  # what SIGKILL cut off is no event
                         self.log.append(json.loads(line))
                     self._changed.notify_all()
         with self._changed:
@@ -243,7 +247,8 @@ class DaemonThread:
         self._stop: asyncio.Event
         self._error: BaseException | None = None
         self._is_ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="daemon")
+        # One that does not stop fails its test, and must not keep pytest from ending.
+        self._thread = threading.Thread(target=self._run, name="daemon", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

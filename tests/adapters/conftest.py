@@ -145,7 +145,8 @@ def served(vllm_process: VllmEngine, model_dir: Path, served_daemon: DaemonProce
     """An attached engine that many tests share, because opening one takes seconds: each takes prompts of its own."""
     if vllm_process.opened is not served_daemon:
         vllm_process.close()
-        options = {"lookup_wait_s": 2.0, "load_timeout_s": 2.0, "save_timeout_s": 2.0}
+        # Short, because some tests let the daemon hang; long enough for a busy machine's copies.
+        options = {"lookup_wait_s": 5.0, "load_timeout_s": 5.0, "save_timeout_s": 5.0}
         vllm_process.open_attached(model_dir, served_daemon, scheduling_policy="priority", options=options)
         vllm_process.opened = served_daemon
     yield vllm_process

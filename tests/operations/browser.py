@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from pathlib import Path
+
+from tests.processes import run_alone
 
 TIMEOUT_S = 60
 
@@ -44,6 +45,6 @@ class Browser:
             *arguments,
             url,
         ]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        ended = run_alone(command, timeout_s=TIMEOUT_S)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout

@@ -48,7 +48,11 @@ class Prometheus:
         )
 
     def __enter__(self) -> Self:
-        eventually(lambda: self._get("/api/v1/status/buildinfo"), within_s=TIMEOUT_S, what="Prometheus answers")
+        try:
+            eventually(lambda: self._get("/api/v1/status/buildinfo"), within_s=TIMEOUT_S, what="Prometheus answers")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
