@@ -110,7 +110,11 @@ class Journal:
             self._add(RecordKind.UNALIASED, namespace.spec, extent, block_hash=block_hash)
 
     async def append(self, disk: Disk) -> None:
-        """Make the disk's pending records durable, in their order. Raises OSError: they are kept for later."""
+        """Make the disk's pending records durable, in their order.
+
+        Raises:
+            OSError: they are kept for later, and the disk takes no more blocks.
+        """
         async with self._appending[disk]:
             await self._append_pending(disk)
 
@@ -135,8 +139,7 @@ class Journal:
             append.add_done_callback(self._under_way.discard)
             try:
                 await self._append_pending(disk)
-            except OSError as error:
-                disk.health.refuse_writes(str(error))
+            except OSError:
                 return
         if disk.volume.needs_fold and disk not in self._folding:
             self._folding.add(disk)
@@ -159,8 +162,9 @@ class Journal:
 
         try:
             await asyncio.get_running_loop().run_in_executor(None, append)
-        except OSError:
+        except OSError as error:
             self._pending[disk][:0] = pending
+            disk.health.refuse_writes(str(error))
             raise
 
     def _folded(self, disk: Disk, done: asyncio.Future[None]) -> None:

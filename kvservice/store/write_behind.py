@@ -214,7 +214,7 @@ class WriteBehind:
                 best = [row for *_, row in _ranked(namespace, rows[still_there])][: len(extents)]
                 chosen = np.flatnonzero(np.isin(rows, best))
             self._disks.release(extents[len(chosen) :])
-            extents, taken = extents[: len(chosen)], len(chosen)
+            extents = extents[: len(chosen)]
             blocks = self._blocks(namespace, rows[chosen], slots[chosen], extents)
             started_s = time.monotonic()
             checksums = await self._write_payloads(disk, namespace, blocks)
@@ -223,11 +223,10 @@ class WriteBehind:
             disk.moved.write_s += write_s
             disk.moved.admitted_bytes += len(blocks) * namespace.spec.block_size_bytes
             self._file(namespace, blocks, checksums)
-            extents = []
+            extents, taken = [], len(blocks)
             await self._journal.append(disk)
         except (CapacityExhausted, Overloaded, OSError) as error:
             self._disks.release(extents)
-            taken = 0
             if isinstance(error, OSError):
                 _log.warning("write_behind_failed", why=str(error), blocks=len(rows))
         finally:

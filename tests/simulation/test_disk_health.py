@@ -114,6 +114,30 @@ def test_a_disk_that_cannot_be_written_is_read_only_until_it_can(
 
 
 @pytest.mark.usefixtures("probing")
+def test_a_disk_with_no_room_for_its_index_is_read_only_at_once_and_keeps_what_it_has(
+    tmp_path: Path, files: FaultyFiles
+) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, files=files)
+        await node.start()
+        files.kind, files.errors["write"] = INDEX, errno.ENOSPC
+        await node.engine.save(chain("a", 6))
+        await node.store.write_behind.flush(asyncio.get_running_loop().time() + 10)
+        assert state(node) is DiskState.READ_ONLY, "before anybody looks after it"
+        given_up = next(iter(node.store.metrics.nvme_given_up_blocks.collect())).samples[0].value
+        assert given_up == 0, "its blocks are on it"
+        files.errors.clear()
+        await keep_up_until(node, DiskState.ONLINE)
+        await node.flush()
+        await node.crash()
+        await node.start()
+        assert await node.load(chain("a", 6)) == 6, "what the index missed was told to it afterwards"
+        await node.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("probing")
 def test_a_disk_that_cannot_be_read_is_offline_until_it_can(
     tmp_path: Path, files: FaultyFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
