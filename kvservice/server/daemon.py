@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import uvloop
@@ -78,6 +79,7 @@ class Daemon:
         self._beat_s = time.monotonic()
         self._board = Board(clock=self.store.clock)
         self._stack = AsyncExitStack()
+        self._sockets: SocketDirectory
 
     async def __aenter__(self) -> Daemon:
         async with AsyncExitStack() as stack:
@@ -145,25 +147,26 @@ class Daemon:
         sockets = SocketDirectory(config.socket_dir, group=config.socket_group)
         stack.callback(sockets.close)
         control = ControlService(self.store, self.metrics, state=lambda: self.state)
-        fd_socket = FdSocket(sockets.memory, self.store, config, self.metrics, epoch=control.epoch)
+        fd_socket = FdSocket(sockets.binding, self.store, config, self.metrics, epoch=control.epoch)
         fd_socket.listen()
-        sockets.open_to_group(sockets.memory)
+        sockets.publish(sockets.memory)
         stack.push_async_callback(self.tasks.stop)
         self.tasks.start("fd_socket", fd_socket.run())
         self.tasks.start("upkeep", self._keep_up())
         self.tasks.start("checksums", self.store.checksummer.run())
         self.tasks.start("lookahead", self.store.prefetching.run())
-        self.tasks.start("status_page", self._publish_status(control))
+        self.tasks.start("status_page", self._publish_status(control, sockets))
         if self.store.disks:
             self.tasks.start("write_behind", self.store.write_behind.run())
             self.tasks.start("durability", self.store.durability.run())
             recovery = asyncio.create_task(self._recover())
             stack.callback(recovery.cancel)
         server = make_server(control, self.health, message_bytes_max=config.message_bytes_max)
-        server.add_insecure_port(f"unix:{sockets.control}")
+        server.add_insecure_port(f"unix:{sockets.binding}")
         await server.start()
         stack.push_async_callback(server.stop, 0.5)
-        sockets.open_to_group(sockets.control)
+        sockets.publish(sockets.control)
+        self._sockets = sockets
         if config.tcp_address:
             observer = ObserverService(self.store, self.metrics, control, state=lambda: self.state)
             tcp_server = make_server(observer, self.health, message_bytes_max=config.message_bytes_max)
@@ -212,8 +215,12 @@ class Daemon:
             self._beat_s = time.monotonic()
             await asyncio.sleep(_UPKEEP_INTERVAL_S)
 
-    async def _publish_status(self, control: ControlService) -> None:
+    async def _publish_status(self, control: ControlService, sockets: SocketDirectory) -> None:
+        is_told = False
         while True:
+            if sockets.why_unreachable and not is_told:
+                is_told = True
+                _log.error("sockets_lost", why=sockets.why_unreachable)
             self._board.publish(status_page.gather(self.store, control.block_requests, state=self.state))
             await asyncio.sleep(_STATUS_INTERVAL_S)
 
@@ -226,10 +233,13 @@ class Daemon:
         stalled_s = time.monotonic() - self._beat_s
         if stalled_s > _STALL_S:
             reasons.append(f"the event loop has not come round for {stalled_s:.0f} s")
-        return Verdict(ok=not reasons, reasons=tuple(reasons))
+        return _verdict(reasons)
 
     def _ready(self) -> Verdict:
-        live = self._live()
-        if self.store.is_draining:
-            return Verdict(ok=False, reasons=(*live.reasons, "draining"))
-        return live
+        reasons = [*self._live().reasons, self._sockets.why_unreachable, "draining" * self.store.is_draining]
+        return _verdict(reasons)
+
+
+def _verdict(reasons: Sequence[str]) -> Verdict:
+    given = tuple(filter(None, reasons))
+    return Verdict(ok=not given, reasons=given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import grp
 import os
@@ -12,6 +13,7 @@ from kvservice.errors import StartupError
 CONTROL_SOCKET = "control.sock"
 MEMORY_SOCKET = "memory.sock"
 _LOCK_FILE = "daemon.lock"
+_BINDING = ".binding"
 _SUN_PATH_MAX = 107
 
 
@@ -47,7 +49,15 @@ class SocketDirectory:
         except BlockingIOError:
             os.close(self._lock)
             raise StartupError(f"another daemon serves {self.path}; stop it or choose another socket_dir") from None
-        self._remove_sockets()
+        self._published: dict[str, os.stat_result] = {}
+        for old in (self.control, self.memory, self.binding):
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(old)
+            except OSError as error:
+                raise StartupError(
+                    f"cannot remove {old}: {error.strerror}; remove it, or choose another socket_dir"
+                ) from error
 
     @property
     def control(self) -> str:
@@ -59,15 +69,41 @@ class SocketDirectory:
         """Path of the socket that passes descriptors."""
         return os.path.join(self.path, MEMORY_SOCKET)
 
-    def open_to_group(self, socket_path: str) -> None:
-        """Give a bound socket the configured mode and group."""
-        os.chown(socket_path, -1, self._group_id)
-        os.chmod(socket_path, self.mode)
+    @property
+    def binding(self) -> str:
+        """Path to bind a socket at, for `publish`.
+
+        gRPC removes what is at the path that it bound when it stops, whoever's that is by then.
+        """
+        return os.path.join(self.path, _BINDING)
+
+    def publish(self, socket_path: str) -> None:
+        """Give the socket bound at `binding` the configured mode and group, and its name."""
+        os.chown(self.binding, -1, self._group_id)
+        os.chmod(self.binding, self.mode)
+        os.rename(self.binding, socket_path)
+        self._published[socket_path] = os.lstat(socket_path)
+
+    @property
+    def why_unreachable(self) -> str:
+        """What keeps processes that are not connected yet from finding this daemon; empty: nothing. For any thread."""
+        lost = [path for path in list(self._published) if not self._is_ours(path)]
+        return (
+            f"{' and '.join(lost)} was removed or replaced: nobody new can attach; restart the daemon" if lost else ""
+        )
 
     def close(self) -> None:
-        """Remove the sockets and unlock."""
-        self._remove_sockets()
+        """Remove the sockets and unlock. What is in their place by now, if the directory was made anew, stays."""
+        for path in self._published:
+            if self._is_ours(path):
+                os.unlink(path)
         os.close(self._lock)
+
+    def _is_ours(self, path: str) -> bool:
+        try:
+            return os.path.samestat(os.lstat(path), self._published[path])
+        except OSError:
+            return False
 
     def _require_ours(self) -> None:
         status = os.stat(self.path)
@@ -76,11 +112,6 @@ class SocketDirectory:
                 f"socket_dir {self.path} belongs to uid {status.st_uid}, this daemon is uid {os.geteuid()}: "
                 "whoever owns the directory could replace the sockets; choose a directory of this user"
             )
-
-    def _remove_sockets(self) -> None:
-        for path in (self.control, self.memory):
-            if os.path.lexists(path):
-                os.unlink(path)
 
 
 def _group_id(group: str) -> int:

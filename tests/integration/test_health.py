@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import urllib.error
@@ -126,6 +127,21 @@ def test_a_loop_that_does_not_come_round_is_not_live(
     daemon.on_loop(stall)
     assert "event loop" in seen[0][1]
     eventually(lambda: page(address, "/livez") == (200, "ok\n"))
+
+
+def test_sockets_that_were_removed_make_it_unready_and_whoever_is_attached_goes_on(
+    make_daemon: MakeDaemon, make_connection: MakeConnection
+) -> None:
+    daemon = make_daemon()
+    connection = make_connection(daemon.socket_dir, namespace())
+    connection.save(chain("a", 3))
+    os.unlink(control_socket_path(daemon.socket_dir))
+    status, text = daemon.get("/readyz")
+    assert status == 503
+    assert "control.sock was removed or replaced: nobody new can attach; restart the daemon" in text
+    assert daemon.get("/livez") == (200, "ok\n"), "what it holds would be lost with it"
+    assert connection.lookup(chain("a", 3)).hit_blocks == 3
+    assert "control.sock" in daemon.wait_event("sockets_lost")["why"]
 
 
 # ----------------------------------------------------------------------- drain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -132,6 +133,25 @@ def test_what_a_killed_daemon_left_behind_is_in_nobodys_way(make_daemon: MakeDae
     assert daemon.stop() == 0
     assert not os.path.exists(control_socket_path(daemon.socket_dir))
     assert not os.path.exists(memory_socket_path(daemon.socket_dir))
+
+
+def test_a_directory_in_a_sockets_place(short_path: Path) -> None:
+    (short_path / "daemon" / "control.sock" / "mine").mkdir(parents=True)
+    assert f"cannot remove {short_path}/daemon/control.sock" in fails_to_start(short_path / "daemon")
+    assert (short_path / "daemon" / "control.sock" / "mine").is_dir()
+
+
+def test_a_daemon_whose_directory_is_gone_leaves_the_next_one_alone(
+    short_path: Path, make_daemon: MakeDaemon, make_engine: MakeEngine
+) -> None:
+    first = make_daemon()
+    shutil.rmtree(first.socket_dir)
+    second = make_daemon()
+    assert first.stop() == 0
+    assert make_engine(second.socket_dir).do("save", name="a", blocks=1)["saved"] == 1
+    assert second.get("/readyz") == (200, "ok\n")
+    assert second.stop() == 0
+    assert os.listdir(second.socket_dir) == ["daemon.lock"]
 
 
 def test_a_port_in_use_leaves_nothing_behind(short_path: Path) -> None:
