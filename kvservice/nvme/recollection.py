@@ -101,6 +101,7 @@ def recollect(
         sessions=sessions,
         aliases=_aliases(by_short, records[records["kind"] == RecordKind.ALIASED]),
         damaged_pages=damaged_pages,
+        lost_blocks=len(lost),
     )
     return Recollection(recovered, lost)
 

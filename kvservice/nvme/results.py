@@ -81,3 +81,11 @@ class Recovered:
     sessions: list[tuple[int, bytes, int]]
     aliases: list[RecoveredAlias]
     damaged_pages: int
+    """Of the index."""
+    lost_blocks: int
+    """Records of blocks that are not on the volume, or not known whose they are."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether more is missing than a crash may cost: the records of a segment that had just changed hands."""
+        return self.damaged_pages > 0 or (self.lost_blocks > 0 and not self.hashes)

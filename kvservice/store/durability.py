@@ -120,9 +120,19 @@ class Durability:
         found = []
         for disk in disks:
             try:
-                found.append((disk, await loop.run_in_executor(None, disk.volume.recover)))
+                recovered = await loop.run_in_executor(None, disk.volume.recover)
             except OSError as error:
                 disk.health.fail(f"recovery failed: {error}")
+                continue
+            found.append((disk, recovered))
+            if recovered.is_damaged:
+                _log.warning(
+                    "nvme_index_damaged",
+                    directory=disk.volume.directory,
+                    blocks=len(recovered.hashes),
+                    lost_blocks=recovered.lost_blocks,
+                    damaged_pages=recovered.damaged_pages,
+                )
         restoring = partial(recovery.restore, self._disks, found, now_s=self._clock(), wall_now_s=self._wall_clock())
         restored = await loop.run_in_executor(None, restoring)
         for one in restored:

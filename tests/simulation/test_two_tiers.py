@@ -44,6 +44,12 @@ def damage(directory: Path, chance: random.Random) -> None:
         file.write(bytes([byte[0] ^ chance.randrange(1, 256)]))
 
 
+def overwrite(directory: Path, pattern: str) -> None:
+    """Nothing of what was in these files is left."""
+    for file in directory.glob(pattern):
+        file.write_bytes(b"\x5a" * file.stat().st_size)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_path: Path) -> None:
     chance, epochs = random.Random(seed), itertools.count(1)
@@ -179,6 +185,26 @@ def test_a_block_damaged_on_disk_is_a_miss_with_a_reason_and_the_rest_is_served(
         found = explain(node.store.namespaces.values(), spec.key.tenant, chain("a", 5)[2], b"", node.clock())
         assert found[0].finding.reason is DropReason.CORRUPT  # type: ignore[union-attr]
         await node.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("damaged", ["index/*", "namespaces*", "segments/*"])
+def test_an_index_that_is_lost_costs_the_blocks_and_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    async def scenario() -> None:
+        for _ in range(2):
+            async with running(tmp_path) as node:
+                await node.engine.save(chain("a", 5))
+        assert "nvme_index_damaged" not in caplog.messages
+        overwrite(tmp_path, damaged)
+        async with running(tmp_path) as node:
+            assert caplog.messages.count("nvme_index_damaged") == 1
+            assert await node.load(chain("a", 5)) == 0
+            await node.engine.save(chain("a", 5))
+        async with running(tmp_path) as node:
+            assert await node.load(chain("a", 5)) == 5
 
     asyncio.run(scenario())
 
