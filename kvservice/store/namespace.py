@@ -142,8 +142,10 @@ class Namespace:
         rows = self.pool.row_of[slots]
         self.pool.unhold(slots)
         rows = rows[rows != NO_ROW]
-        for row in rows[self.index.state[rows] >= State.RESIDENT].tolist():
-            self.policy.exposed(row)  # in front again if eviction passed it over meanwhile, else where it is
+        # In front again if eviction passed them over meanwhile, else where they are; the others when they become ends.
+        is_end = (self.index.state[rows] >= State.RESIDENT) & (self.index.dram_children[rows] == 0)
+        for row in rows[is_end].tolist():
+            self.policy.exposed(row)
 
     def drop(self, row: int, reason: DropReason, now_s: float) -> None:
         """Take out a block that has nothing behind it, and its aliases. Its slot is free at once unless held."""
