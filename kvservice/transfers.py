@@ -1,7 +1,8 @@
 """transfers: bounded, prioritised movement between tiers, one queue per device.
 
 A transfer is a blocking piece of work for a thread (read these blocks, write that batch). The
-queue starts the most urgent first, at most `depth` at a time, refuses more than its bound, lets a
+queue starts the most urgent first, except that writes which wait have a share of the bytes (`Turns`,
+which the simulator uses too), at most `depth` at a time, refuses more than its bound, lets a
 waiting one be made more urgent or cancelled, and never loses one: every transfer ends with its
 result, its error, or cancelled. State lives on the event loop.
 """
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from kvservice.errors import Overloaded
 from kvservice.tiers import Depth
@@ -28,6 +29,81 @@ class Priority(IntEnum):
     GET = 0
     PREFETCH = 1
     WRITE = 2
+
+
+_EARNED_BY = {Priority.GET: 0.25, Priority.PREFETCH: 1.0}
+"""Bytes that waiting writes may move for each byte that goes before them: a fifth of the device against Gets, half of
+it against prefetches. A block that waits to be written keeps its chain in DRAM: without a share, reads that fill the
+device end with DRAM full of those, and nothing can be read into it or stored in it any more."""
+
+
+class Queued(Protocol):
+    """What takes turns."""
+
+    priority: Priority
+    urgency: float
+    """Among those of the same priority the smallest goes first; among equals the first come."""
+    size_bytes: int
+
+    @property
+    def is_waiting(self) -> bool:
+        """Neither started nor cancelled."""
+        ...
+
+
+One = TypeVar("One", bound=Queued)
+
+
+class Turns(Generic[One]):
+    """In which order what waits for one device goes."""
+
+    def __init__(self) -> None:
+        self._heaps: dict[Priority, list[tuple[float, int, One]]] = {priority: [] for priority in Priority}
+        self._number = 0
+        self._earned_bytes = 0.0
+        """That waiting writes may move before anything else."""
+
+    def push(self, one: One) -> None:
+        """It waits, or waits with another priority or urgency than it did; older entries are passed over."""
+        self._number += 1
+        heapq.heappush(self._heaps[one.priority], (one.urgency, self._number, one))
+
+    def __bool__(self) -> bool:
+        """Whether anybody waits."""
+        return any(self._has(priority) for priority in Priority)
+
+    def take(self) -> One:
+        """Take out whose turn it is; somebody waits. The caller marks it started."""
+        waiting = [priority for priority in Priority if self._has(priority)]
+        chosen = waiting[0]
+        if Priority.WRITE not in waiting or chosen is Priority.WRITE:
+            self._earned_bytes = 0.0
+        elif 0 < self._earned_bytes >= self._heaps[Priority.WRITE][0][2].size_bytes:
+            chosen = Priority.WRITE
+            self._earned_bytes -= self._heaps[chosen][0][2].size_bytes
+        else:
+            self._earned_bytes += _EARNED_BY[chosen] * self._heaps[chosen][0][2].size_bytes
+        return heapq.heappop(self._heaps[chosen])[2]
+
+    def waiting(self) -> list[One]:
+        """Everything that waits, each once. For any thread; O(waiting)."""
+        ones = {id(one): one for heap in self._heaps.values() for *_, one in list(heap)}
+        return [one for one in ones.values() if one.is_waiting]
+
+    def clear(self) -> None:
+        """Nobody waits any more."""
+        for heap in self._heaps.values():
+            heap.clear()
+
+    def _has(self, priority: Priority) -> bool:
+        """Whether anybody of that priority waits, who is then in front."""
+        heap = self._heaps[priority]
+        while heap:
+            urgency, _, one = heap[0]
+            if one.is_waiting and (one.priority, one.urgency) == (priority, urgency):
+                return True
+            heapq.heappop(heap)
+        return False
 
 
 class Transfer(Generic[Result]):
@@ -51,6 +127,11 @@ class Transfer(Generic[Result]):
         self.done = done
         self.is_started = False
 
+    @property
+    def is_waiting(self) -> bool:
+        """Neither started nor ended."""
+        return not self.is_started and not self.done.done()
+
 
 class TransferQueue:
     """The transfers of one device."""
@@ -64,8 +145,7 @@ class TransferQueue:
         self._executor = executor
         self._depth = depth
         self._waiting_max = waiting_max
-        self._heap: list[tuple[Priority, float, int, Transfer[object]]] = []
-        self._order = 0
+        self._turns: Turns[Transfer[object]] = Turns()
         self._waiting = 0
         self._running: set[asyncio.Task[None]] = set()
         self._started: set[Transfer[object]] = set()
@@ -98,35 +178,30 @@ class TransferQueue:
             priority, work, asyncio.get_running_loop().create_future(), urgency=urgency, size_bytes=size_bytes
         )
         self._waiting += 1
-        self._push(transfer)
+        self._turns.push(transfer)  # type: ignore[arg-type]  # the queue reads no results
         self._start_more()
         return transfer
 
     def hurry(self, transfer: Transfer[Result], priority: Priority) -> None:
         """Somebody more urgent wants a waiting transfer too."""
-        if not transfer.is_started and not transfer.done.done() and priority < transfer.priority:
+        if transfer.is_waiting and priority < transfer.priority:
             transfer.priority = priority
-            self._push(transfer)  # its older entry is passed over
+            self._turns.push(transfer)  # type: ignore[arg-type]
 
     def reorder(self, transfer: Transfer[Result], urgency: float) -> None:
         """A waiting transfer is more or less urgent than it was, among those of its priority."""
-        if not transfer.is_started and not transfer.done.done() and urgency != transfer.urgency:
+        if transfer.is_waiting and urgency != transfer.urgency:
             transfer.urgency = urgency
-            self._push(transfer)  # its older entry is passed over
+            self._turns.push(transfer)  # type: ignore[arg-type]
 
     def bytes_before(self, priority: Priority) -> int:
-        """What moves before a transfer of that priority submitted now would start; O(waiting)."""
+        """What moves before a transfer of that priority submitted now would start, writes' share aside; O(waiting)."""
         running = sum(transfer.size_bytes for transfer in self._started)
-        waiting = {
-            id(transfer): transfer.size_bytes
-            for _, _, _, transfer in self._heap
-            if not transfer.is_started and not transfer.done.done() and transfer.priority <= priority
-        }
-        return running + sum(waiting.values())
+        return running + sum(one.size_bytes for one in self._turns.waiting() if one.priority <= priority)
 
     def cancel(self, transfer: Transfer[Result]) -> bool:
         """Cancel a transfer that has not started; whether it did."""
-        if transfer.is_started or transfer.done.done():
+        if not transfer.is_waiting:
             return False
         transfer.done.cancel()
         self._waiting -= 1
@@ -134,38 +209,27 @@ class TransferQueue:
 
     def depths(self) -> dict[Priority, Depth]:
         """How many transfers of each priority wait and run. For any thread; O(waiting)."""
-        queued = {id(transfer): transfer for *_, transfer in list(self._heap)}.values()
-        waiting = Counter(
-            transfer.priority for transfer in queued if not transfer.is_started and not transfer.done.done()
-        )
+        waiting = Counter(transfer.priority for transfer in self._turns.waiting())
         running = Counter(transfer.priority for transfer in list(self._started))
         return {priority: Depth(waiting[priority], running[priority]) for priority in Priority}
 
     def fail_waiting(self, error: BaseException) -> None:
         """The device does not work: everything that has not started ends with this error."""
-        for *_, transfer in self._heap:
-            if not transfer.is_started and not transfer.done.done():
-                transfer.done.set_exception(error)
-        self._heap.clear()
+        for transfer in self._turns.waiting():
+            transfer.done.set_exception(error)
+        self._turns.clear()
         self._waiting = 0
 
     async def close(self) -> None:
         """Cancel what waits, wait for what runs."""
-        for _, _, _, transfer in self._heap:
+        for transfer in self._turns.waiting():
             self.cancel(transfer)
         if self._running:
             await asyncio.wait(self._running)
 
-    def _push(self, transfer: Transfer[Result]) -> None:
-        self._order += 1
-        heapq.heappush(self._heap, (transfer.priority, transfer.urgency, self._order, transfer))  # type: ignore[misc]
-
     def _start_more(self) -> None:
-        while len(self._running) < self._depth and self._heap:
-            priority, urgency, _, transfer = heapq.heappop(self._heap)
-            is_current = (priority, urgency) == (transfer.priority, transfer.urgency)
-            if transfer.is_started or transfer.done.done() or not is_current:
-                continue
+        while len(self._running) < self._depth and self._turns:
+            transfer = self._turns.take()
             transfer.is_started = True
             self._started.add(transfer)
             self._waiting -= 1

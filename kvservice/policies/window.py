@@ -57,6 +57,15 @@ class Window:
         orders = self.order_of(rows)
         return (orders <= self._exempt_until) & (orders < math.inf)
 
+    def rows_of(self, request: Hashable) -> Rows:
+        """What is left of the chain that the request waits for; empty where it is unknown."""
+        waiting = self._waiting.get(request)
+        if waiting is None:
+            return np.zeros(0, dtype=np.int32)
+        # A block leaves only after all behind it: what is left of a chain is its front.
+        rows: Rows = waiting.rows[self._lives[waiting.rows] == waiting.lives]
+        return rows
+
     def queue(self, request: Hashable, rows: Rows, order: float) -> Rows:
         """The request waits for the chain `rows` (root first) at that order; replaces what was said of it before.
 
@@ -103,7 +112,6 @@ class Window:
         del beside[request]
         if not beside:
             del self._by_root[root]
-        # A block leaves only after all behind it: what is left of a chain is its front.
         rows: Rows = waiting.rows[self._lives[waiting.rows] == waiting.lives]
         self._requests[rows] -= 1
         orders = np.full(len(rows), math.inf, dtype=np.float64)

@@ -89,7 +89,7 @@ class Simulation:
         )
         self._told = Waiting(self.tiers)
         self._movement = Movement(
-            self.tiers, Device(speeds.nvme_bytes_per_s, at=self._at), self.outcome, on_landed=self._dispatch
+            self.tiers, Device(speeds.nvme_bytes_per_s, at=self._at), self.outcome, on_landed=self._landed
         )
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._number = 0
@@ -133,7 +133,8 @@ class Simulation:
         self._waiting.append(request)
         if len(self._waiting) <= self._window():
             self._tell(request)
-        self._plan(now_s)
+        if len(self._waiting) <= _PLANNED_MAX:
+            self._plan(now_s)
         self._dispatch(now_s)
 
     def _window(self) -> int:
@@ -147,15 +148,16 @@ class Simulation:
         """Fetch for the prefetch window. Only what knows the queue can."""
         if self._queue_window == 0 or not self.tiers.nvme_blocks:
             return
-        index = self.tiers.namespace.index
-        length = window_lengths(self.outcome.dram_blocks, self.outcome.nvme_blocks, self._blocks_per_request).prefetch
-        window = []
-        for position, request in enumerate(islice(self._waiting, min(length, self._window(), _PLANNED_MAX))):
-            rows = self.tiers.held(request.hashes)
-            if (index.slot[rows] == NO_SLOT).any() or index.arriving[rows].any():
-                window.append((request.number, float(position), rows))
-        if window:
-            self._movement.plan(window, now_s)
+        blocks = self.outcome.dram_blocks, self.outcome.nvme_blocks
+        length = min(window_lengths(*blocks, self._blocks_per_request).prefetch, self._window(), _PLANNED_MAX)
+        window = self.tiers.namespace.window
+        ahead = [(request.number, window.rows_of(request.number)) for request in islice(self._waiting, length)]
+        self._movement.plan(ahead, now_s)
+
+    def _landed(self, now_s: float) -> None:
+        if self._movement.is_running_dry:
+            self._plan(now_s)
+        self._dispatch(now_s)
 
     def _dispatch(self, now_s: float) -> None:
         """Whatever the engine can do now: prefill what is next, else decode."""

@@ -16,6 +16,8 @@ from kvservice.transfers import Priority
 
 _GROUP = "simulated"
 _TRANSFER_BYTES_MAX = 16 * 1024 * 1024
+_DRY_S = 0.25
+"""Of the device's work; the daemon looks at least as often."""
 
 
 class Movement:
@@ -53,25 +55,26 @@ class Movement:
         """Whether all the rows' bytes are in DRAM."""
         return not self._namespace.index.arriving[rows].any()
 
-    def plan(self, waiting: Sequence[tuple[int, float, Rows]], now_s: float) -> None:
-        """Fetch ahead for the requests of the prefetch window: (number, order, held prefix) of each."""
+    @property
+    def is_running_dry(self) -> bool:
+        """Whether so little is on its way that the device may have nothing to read before the next plan."""
+        return self._planner.in_flight_bytes <= _DRY_S * self._device.bytes_per_s
+
+    def plan(self, waiting: Sequence[tuple[int, Rows]], now_s: float) -> None:
+        """Fetch ahead for the requests of the prefetch window, in their order: (number, held prefix) of each."""
         index, pool = self._namespace.index, self._namespace.pool
-        jobs = [
-            Job(
-                number,
-                _GROUP,
-                order,
-                now_s,
-                rows[index.slot[rows] == NO_SLOT],
-                rows[index.arriving[rows]],
-                self._block_bytes,
-            )
-            for number, order, rows in waiting
-        ]
-        needed = np.unique(np.concatenate([rows for _, _, rows in waiting])) if waiting else np.zeros(0, np.int32)
-        resident = int(np.count_nonzero(index.slot[needed] != NO_SLOT))
-        busy = int(np.count_nonzero(pool.holders)) + int(np.count_nonzero(index.dirty))
-        room = max(0, self._tiers.dram_blocks - resident - busy)
+        together = np.concatenate([np.zeros(0, dtype=np.int32), *(rows for _, rows in waiting)])
+        is_missing, is_arriving = index.slot[together] == NO_SLOT, index.arriving[together]
+        is_unready = is_missing | is_arriving
+        jobs, end = [], 0
+        for position, (number, rows) in enumerate(waiting):
+            part = slice(end, end := end + len(rows))
+            if is_unready[part].any():
+                missing, arriving = rows[is_missing[part]], rows[is_arriving[part]]
+                jobs.append(Job(number, _GROUP, float(position), now_s, missing, arriving, self._block_bytes))
+        busy = (pool.holders > 0) | (index.dirty[pool.row_of] & (pool.row_of != NO_ROW))
+        busy[index.slot[together[~is_missing]]] = True
+        room = self._tiers.dram_blocks - int(np.count_nonzero(busy))
         plan = self._planner.plan(jobs, room={_GROUP: room}, bytes_per_s=self._device.bytes_per_s, now_s=now_s)
         for number in plan.cancel:
             transfer, rows = self._fetches[number]
@@ -83,7 +86,7 @@ class Movement:
                 if transfer.priority is Priority.PREFETCH:
                     self._device.hurry(transfer, Priority.PREFETCH, order)
         for fetch in plan.start:
-            self._fetch(fetch, needed, now_s)
+            self._fetch(fetch, np.unique(together), now_s)
 
     def write_behind(self, rows: Rows, now_s: float) -> None:
         """Write stored blocks to NVMe; they do not leave DRAM before."""

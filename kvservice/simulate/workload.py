@@ -3,7 +3,8 @@
 Stated by the paper (CachedAttention, section 4.1): 9,000 conversations of ShareGPT, 5.75 turns in the mean, 73 % with
 more than one, new conversations Poisson at 1.0/s. Left open by it and chosen here: how long prompts and replies are
 (lognormal, means 120 and 380 tokens, so that about half of the conversations pass 2,000 tokens), how long people think
-(exponential, mean 60 s, from the end of a reply), and that no conversation is truncated.
+(exponential, mean 60 s, from the end of a reply), and that no conversation is truncated. Only full blocks are kept,
+as engines do it.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ def generate(workload: Workload) -> list[Request]:
             tokens = input_tokens + output_tokens
             known = len(chain)
             chain = chain + [block_hash(next(numbers)) for _ in range(tokens // workload.block_tokens - known)]
-            full = input_tokens // workload.block_tokens
-            is_partial = input_tokens % workload.block_tokens > 0
-            hashes = chain[:full] + ([block_hash(next(numbers))] if is_partial else [])
+            hashes = chain[: input_tokens // workload.block_tokens]
             drafts.append(Request(len(drafts), at_s, hashes, input_tokens, output_tokens, chain, follows, think_s))
             follows, think_s = len(drafts) - 1, chooser.expovariate(1.0 / workload.think_s_mean)
             at_s += output_tokens * _NOMINAL_TOKEN_S + think_s

@@ -140,7 +140,7 @@ class Promotion:
                 priority,
                 lambda: self._read(disk, namespace, jobs),
                 urgency=urgency,
-                size_bytes=len(rows) * size_bytes,
+                size_bytes=len(rows) * namespace.stride_bytes,
             )
         except Overloaded:
             settle([Landing.TIER_OFFLINE] * len(rows))

@@ -12,6 +12,7 @@ import pytest
 from kvservice.store import promotion
 from kvservice.store.arrivals import Landing
 from kvservice.store.outcomes import Granted, Miss, Prefetched
+from kvservice.transfers import Priority, Turns
 from tests.faulty_files import FaultyFiles
 from tests.nodes import Node, running
 from tests.stores import PAGE_BYTES, chain, until
@@ -124,6 +125,39 @@ def test_a_get_that_joined_keeps_the_blocks_coming(tmp_path: Path, files: Faulty
             assert files.calls.count("read") == 6, "three wanted them, each was read once"
             for hold in (granted, again):
                 node.store.release(node.engine.peer, [hold.hold_id])
+            node.store.check()
+
+    asyncio.run(scenario())
+
+
+def test_blocks_become_durable_while_more_is_prefetched_than_the_disk_can_read(
+    tmp_path: Path, files: FaultyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else DRAM fills with blocks that wait to be written, and they are lost when room is needed."""
+    started: list[Priority] = []  # in the order of the queue; threads may end in another one
+
+    def take(turns: Turns[Any]) -> Any:
+        transfer = take_of(turns)
+        started.append(transfer.priority)
+        return transfer
+
+    take_of = Turns.take
+    monkeypatch.setattr(Turns, "take", take)
+
+    async def scenario() -> None:
+        async with running(tmp_path, files=files, **KNOBS) as node:
+            await fill(node)
+            files.gate.clear()
+            for number in range(3):
+                prefetch(node, f"c{number}")
+            await node.engine.save(chain("new", 2))
+            depths = node.store.disks.disks[0].transfers.depths
+            await until(lambda: depths()[Priority.WRITE].waiting > 0)
+            started.clear()
+            files.gate.set()
+            await node.quiet()
+            assert started.count(Priority.PREFETCH) == 18 - THREADS
+            assert started.index(Priority.WRITE) == 2, "two blocks are read for the two that are written"
             node.store.check()
 
     asyncio.run(scenario())

@@ -135,11 +135,16 @@ def test_an_endless_store_hits_all_that_can_be_hit(requests: list[Request]) -> N
 # ------------------------------------------------------------------ time-aware
 
 
-def simulate(requests: Sequence[Request], policy: str, *, window: int = -1, **sizes: int) -> tuple[Simulation, Outcome]:
+SPEEDS = Speeds(prefill_tokens_per_s=1_500.0, nvme_bytes_per_s=4e6, batch_max=4, gpus=1)
+
+
+def simulate(
+    requests: Sequence[Request], policy: str, *, window: int = -1, speeds: Speeds = SPEEDS, **sizes: int
+) -> tuple[Simulation, Outcome]:
     simulation = Simulation(
         requests,
         policy,
-        Speeds(prefill_tokens_per_s=1_500.0, nvme_bytes_per_s=4e6, batch_max=4, gpus=1),
+        speeds,
         dram_blocks=sizes.get("dram_blocks", 60),
         nvme_blocks=sizes.get("nvme_blocks", 400),
         block_bytes=65_536,
@@ -178,6 +183,15 @@ def test_with_a_queue_fetching_ahead_finds_blocks_in_dram_and_saves_time(request
     _, ahead = simulate(requests, "lookahead")
     assert ahead.dram_hit_share > lru.dram_hit_share
     assert sum(ahead.ttft_s) < sum(lru.ttft_s)
+
+
+def test_a_disk_that_fetches_keep_busy_still_writes_what_is_stored() -> None:
+    """Else blocks that wait to be written fill DRAM, and requests find no room to read theirs into."""
+    requests = generate(Workload(conversations=100, per_second=10.0, think_s_mean=5.0))
+    speeds = Speeds(nvme_bytes_per_s=5e5, gpus=1)
+    simulation, outcome = simulate(requests, "lookahead", speeds=speeds, dram_blocks=150, nvme_blocks=2000)
+    simulation.tiers.check()
+    assert sum(outcome.dram_hits) + sum(outcome.nvme_hits) >= 0.98 * _reusable_blocks(requests)
 
 
 def test_a_policy_that_is_told_nothing_fetches_nothing_ahead(requests: list[Request]) -> None:

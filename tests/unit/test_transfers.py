@@ -26,13 +26,13 @@ class Device:
         self.done: list[str] = []
         self.first = self.submit("first", Priority.WRITE)  # stands at the gate: everything else waits
 
-    def submit(self, name: str, priority: Priority) -> Transfer[str]:
+    def submit(self, name: str, priority: Priority, *, size_bytes: int = 0) -> Transfer[str]:
         def work() -> str:
             assert self.gate.wait(10)
             self.done.append(name)
             return name
 
-        return self.queue.submit(priority, work)
+        return self.queue.submit(priority, work, size_bytes=size_bytes)
 
 
 def on_device(scenario: Callable[[Device], Coroutine[Any, Any, None]], **knobs: int) -> None:
@@ -56,6 +56,37 @@ def test_a_get_overtakes_a_prefetch_which_overtakes_write_behind() -> None:
         await asyncio.gather(*(transfer.done for transfer in waiting))
         expected = ["get 1", "get 2", "prefetch 1", "prefetch 2", "write 1", "write 2"]
         assert device.done == ["first", *expected]
+
+    on_device(scenario)
+
+
+@pytest.mark.parametrize(("other", "of_its_own"), [(Priority.PREFETCH, 1), (Priority.GET, 4)])
+def test_writes_that_wait_have_a_share_of_the_bytes(other: Priority, of_its_own: int) -> None:
+    """Half of the device beside prefetches, a fifth beside Gets, however many of these come."""
+
+    async def scenario(device: Device) -> None:
+        waiting = [device.submit("write", Priority.WRITE, size_bytes=200) for _ in range(10)]
+        waiting += [device.submit("other", other, size_bytes=100) for _ in range(200)]
+        device.gate.set()
+        await asyncio.gather(*(transfer.done for transfer in waiting))
+        one_round = ["other"] * 2 * of_its_own + ["write"]
+        assert device.done[1:] == one_round * 10 + ["other"] * (200 - 20 * of_its_own)
+
+    on_device(scenario, waiting_max=1000)
+
+
+def test_the_share_is_not_saved_up_while_nothing_waits_to_be_written() -> None:
+    async def scenario(device: Device) -> None:
+        before = [device.submit("other", Priority.PREFETCH, size_bytes=100) for _ in range(5)]
+        device.gate.set()
+        await asyncio.gather(*(transfer.done for transfer in before))
+        device.gate.clear()
+        first = device.submit("first", Priority.GET)
+        writes = [device.submit("write", Priority.WRITE, size_bytes=100) for _ in range(2)]
+        others = [device.submit("other", Priority.PREFETCH, size_bytes=100) for _ in range(2)]
+        device.gate.set()
+        await asyncio.gather(*(transfer.done for transfer in (first, *writes, *others)))
+        assert device.done[-4:] == ["other", "write", "other", "write"]
 
     on_device(scenario)
 
