@@ -37,7 +37,7 @@ class Device:
         self.bytes_per_s = bytes_per_s
         self._at = at
         self._turns: Turns[SimulatedTransfer] = Turns()
-        self._is_busy = False
+        self._running_bytes = 0
 
     def submit(self, transfer: SimulatedTransfer, now_s: float) -> None:
         """Queue a transfer."""
@@ -50,18 +50,23 @@ class Device:
             transfer.priority, transfer.urgency = priority, urgency
             self._turns.push(transfer)
 
+    def wait_s(self, priority: Priority) -> float:
+        """How long a transfer of that priority waits that is submitted now, as the daemon reckons it."""
+        waiting = sum(one.size_bytes for one in self._turns.waiting() if one.priority <= priority)
+        return (waiting + self._running_bytes) / self.bytes_per_s
+
     def cancel(self, transfer: SimulatedTransfer) -> bool:
         """Cancel a transfer that has not started; whether it had not."""
         transfer.is_cancelled = not transfer.is_started
         return transfer.is_cancelled
 
     def _start(self, now_s: float) -> None:
-        if not self._is_busy and self._turns:
+        if not self._running_bytes and self._turns:
             transfer = self._turns.take()
-            transfer.is_started = self._is_busy = True
+            transfer.is_started, self._running_bytes = True, transfer.size_bytes
             self._at(now_s + transfer.size_bytes / self.bytes_per_s, partial(self._ended, transfer))
 
     def _ended(self, transfer: SimulatedTransfer, now_s: float) -> None:
-        self._is_busy = False
+        self._running_bytes = 0
         transfer.on_done(now_s)
         self._start(now_s)

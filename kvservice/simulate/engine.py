@@ -17,9 +17,11 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import NO_SLOT, BlockHash, Rows
-from kvservice.lookahead import window_lengths
+from kvservice.lookahead import Speeds as LoadSpeeds
+from kvservice.lookahead import load_or_recompute, window_lengths
 from kvservice.policies import POLICIES, make_policy
 from kvservice.simulate.device import Device
 from kvservice.simulate.movement import Movement
@@ -69,15 +71,18 @@ class Simulation:
         block_bytes: int,
         block_tokens: int,
         queue_window: int,
+        may_recompute: bool = False,
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         """Args:
         queue_window: requests of the queue that the tiers are told of; -1: as many as wait.
+        may_recompute: what is held is computed where the daemon's PlanLoad says that this is faster.
         """
         self._requests = {request.number: request for request in requests}
         self._speeds = speeds
         self._block_bytes, self._block_tokens = block_bytes, block_tokens
         self._queue_window = queue_window if policy in QUEUE_AWARE else 0
+        self._may_recompute = may_recompute
         self._on_progress = on_progress
         self.outcome = Outcome(policy, self._queue_window, dram_blocks, nvme_blocks, gpus=speeds.gpus)
         self.tiers = Tiers(
@@ -131,6 +136,8 @@ class Simulation:
     def _arrive(self, request: Request, now_s: float) -> None:
         self._arrived_s[request.number] = now_s
         self._waiting.append(request)
+        if request.truncated:
+            self.tiers.truncate(request.hashes, request.truncated)
         if len(self._waiting) <= self._window():
             self._tell(request)
         if len(self._waiting) <= _PLANNED_MAX:
@@ -182,13 +189,32 @@ class Simulation:
         rows = self.tiers.held(request.hashes)
         self._blocks_per_request += _SMOOTHING * (len(rows) - self._blocks_per_request)
         in_dram = (namespace.index.slot[rows] != NO_SLOT) & ~namespace.index.arriving[rows]
-        got = self._movement.get(rows, now_s)
-        dram = int(np.count_nonzero(in_dram[: len(got)]))
-        self.outcome.hit_of(len(request.hashes), dram=dram, nvme=len(got) - dram)
+        wanted = self._worth_loading(rows, in_dram) if self._may_recompute else rows
+        got = self._movement.get(wanted, now_s)
+        # What found no room in DRAM to be read into is no hit; what is computed by choice is one.
+        hits = len(rows) if len(got) == len(wanted) else len(got)
+        dram = int(np.count_nonzero(in_dram[:hits]))
+        self.outcome.hit_of(len(request.hashes), dram=dram, nvme=hits - dram)
+        self.outcome.recomputed_blocks += hits - len(got)
         namespace.touch(got, now_s)
         slots = namespace.index.slot[got]
         namespace.pool.hold(slots)
         return _Started(request, got, slots)
+
+    def _worth_loading(self, rows: Rows, in_dram: NDArray[np.bool_]) -> Rows:
+        plan = load_or_recompute(
+            len(rows) if in_dram.all() else int(np.argmin(in_dram)),
+            len(rows),
+            block_bytes=self._block_bytes,
+            tokens_per_block=self._block_tokens,
+            speeds=LoadSpeeds(
+                self._speeds.prefill_tokens_per_s,
+                self._speeds.dram_bytes_per_s,
+                self._speeds.nvme_bytes_per_s,
+                self._movement.nvme_wait_s,
+            ),
+        )
+        return rows[: plan.blocks]
 
     def _told_started(self, request: Request) -> None:
         self._told.remove(request.number)

@@ -51,6 +51,11 @@ class Movement:
                 self._read(piece, Priority.GET, now_s, now_s)
         return rows
 
+    @property
+    def nvme_wait_s(self) -> float:
+        """How long a Get that comes now waits for the device."""
+        return self._device.wait_s(Priority.GET)
+
     def is_there(self, rows: Rows) -> bool:
         """Whether all the rows' bytes are in DRAM."""
         return not self._namespace.index.arriving[rows].any()

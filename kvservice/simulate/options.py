@@ -32,6 +32,7 @@ class Options:
     block_bytes: int
     block_tokens: int
     speeds: Speeds
+    may_recompute: bool
     workload: Workload
     requests_max: int
 
@@ -85,10 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine("--gpus", default=speeds.gpus, type=int, metavar="COUNT")
     engine("--dram-gb-per-s", default=speeds.dram_bytes_per_s / 1e9, type=float, metavar="GB")
     engine("--nvme-gb-per-s", default=speeds.nvme_bytes_per_s / 1e9, type=float, metavar="GB")
+    engine("--may-recompute", action="store_true", help="compute what is held where PlanLoad says that it is faster")
     generated = parser.add_argument_group("the generated workload").add_argument
     generated("--conversations", default=workload.conversations, type=int, metavar="COUNT")
     generated("--per-second", default=workload.per_second, type=float, metavar="CONVERSATIONS")
     generated("--think-s", default=workload.think_s_mean, type=float, metavar="S")
+    generated(
+        "--context-tokens", default=0, type=int, metavar="TOKENS", help="the model's window; 0: endless (default)"
+    )
+    generated(
+        "--without-truncation",
+        action="store_true",
+        help="a conversation that outgrows its window loses its blocks, as without the service's Truncate",
+    )
     generated("--seed", default=workload.seed, type=int)
 
 
@@ -110,9 +120,11 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if any(not 0 < share <= 1 for share in arguments.dram_share) or min(arguments.queue_window) < -1:
         parser.error("--dram-share is above 0 and at most 1, --queue-window at least -1")
-    if arguments.block_tokens < 0 or arguments.requests < 0:
-        parser.error("--block-tokens and --requests are not negative")
+    if min(arguments.block_tokens, arguments.requests, arguments.context_tokens) < 0:
+        parser.error("--block-tokens, --requests and --context-tokens are not negative")
     block_tokens = arguments.block_tokens or (Workload().block_tokens if is_generated else TRACE_BLOCK_TOKENS)
+    if 0 < arguments.context_tokens < 4 * block_tokens:
+        parser.error(f"--context-tokens must be 0 or at least four blocks, {4 * block_tokens}")
     return Options(
         trace=arguments.trace,
         out=arguments.out,
@@ -132,11 +144,14 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             dram_bytes_per_s=arguments.dram_gb_per_s * 1e9,
             nvme_bytes_per_s=arguments.nvme_gb_per_s * 1e9,
         ),
+        may_recompute=arguments.may_recompute,
         workload=Workload(
             conversations=arguments.conversations,
             per_second=arguments.per_second,
             think_s_mean=arguments.think_s,
             block_tokens=block_tokens,
+            context_tokens=arguments.context_tokens,
+            keeps_truncated=not arguments.without_truncation,
             seed=arguments.seed,
         ),
         requests_max=arguments.requests,

@@ -36,6 +36,8 @@ class Outcome:
     """From NVMe into DRAM, by whomever."""
     written_blocks: int = 0
     """From DRAM to NVMe."""
+    recomputed_blocks: int = 0
+    """Held, and computed nevertheless: that was faster."""
     queue_mean: float = 0.0
 
     def hit_of(self, asked: int, *, dram: int, nvme: int) -> None:
@@ -96,5 +98,6 @@ class Outcome:
             if self.ttft_s
             else None,
             "bytes_written": self.written_blocks * block_bytes if self.ttft_s else None,
+            "recomputed_share": self.recomputed_blocks / hits if self.recomputed_blocks else None,
             "cost": self.cost(block_bytes) if self.ttft_s else None,
         }

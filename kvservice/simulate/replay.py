@@ -40,6 +40,8 @@ def replay(
         now_s = 1.0 + request.arrival_s
         if oracle:
             oracle.at = at
+        if request.truncated:
+            tiers.truncate(request.hashes, request.truncated)
         rows = tiers.held(request.hashes)
         outcome.hit_of(len(request.hashes), dram=len(rows), nvme=0)
         tiers.namespace.touch(rows, now_s)

@@ -14,6 +14,7 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
     ("hit_ratio_second_half", "2nd half", "{:.3f}"),
     ("reusable_hit_ratio", "of reusable", "{:.3f}"),
     ("dram_hit_share", "in DRAM", "{:.3f}"),
+    ("recomputed_share", "recomputed", "{:.3f}"),
     ("ttft_ms_mean", "TTFT mean ms", "{:,.0f}"),
     ("ttft_ms_p50", "p50", "{:,.0f}"),
     ("ttft_ms_p99", "p99", "{:,.0f}"),

@@ -19,6 +19,16 @@ class TraceError(StartupError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Truncated:
+    """A conversation was cut for this prompt: its first blocks are blocks of before under new names."""
+
+    chain: Sequence[BlockHash]
+    """As it was, root first."""
+    first: int
+    """Its first block that stayed; all behind it did."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt. Its last block may be partly filled; nobody shares that one."""
 
@@ -35,6 +45,7 @@ class Request:
     """The number of the conversation's turn before, in a generated workload; -1: none."""
     think_s: float = 0.0
     """From the end of that turn's reply to this prompt."""
+    truncated: Truncated | None = None
 
 
 def block_hash(number: int) -> BlockHash:

@@ -96,6 +96,7 @@ def _one(
         block_bytes=options.block_bytes,
         block_tokens=options.block_tokens,
         queue_window=window,
+        may_recompute=options.may_recompute,
         on_progress=show,
     )
     return simulation.run()
@@ -106,6 +107,8 @@ def _reusable_blocks(requests: Sequence[Request]) -> int:
     seen: set[bytes] = set()
     reusable = 0
     for request in requests:
+        if request.truncated:
+            seen.update(request.hashes[: len(request.truncated.chain) - request.truncated.first])
         for one in request.hashes:
             if one not in seen:
                 break

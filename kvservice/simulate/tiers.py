@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from kvservice.aliases import AliasBounds, Aliases
+from kvservice.aliases import NO_INSTANCE, AliasBounds, Aliases
 from kvservice.blocks import (
     NO_EXTENT,
     NO_ROW,
@@ -26,12 +26,16 @@ from kvservice.history import History
 from kvservice.metrics import Metrics
 from kvservice.policies import EvictionPolicy
 from kvservice.sessions import Sessions
+from kvservice.simulate.requests import Truncated
 from kvservice.store.invariants import check_namespace
 from kvservice.store.namespace import Namespace
 
 HASH_BYTES = 8
 _HISTORY_BLOCKS = 65_536
 """As in the daemon's default configuration."""
+_ALIASES_MAX = 1 << 62
+_OWNER = 1
+"""Of all aliases: nobody asks for another conversation's here."""
 
 
 class Tiers:
@@ -60,7 +64,7 @@ class Tiers:
             policy=policy,
             nvme_policy=nvme_policy,
             sessions=Sessions(sessions_max=1),
-            aliases=Aliases(AliasBounds(per_session=0, per_instance=0, in_all=0)),
+            aliases=Aliases(AliasBounds(per_session=_ALIASES_MAX, per_instance=_ALIASES_MAX, in_all=_ALIASES_MAX)),
             history=History(blocks_max=_HISTORY_BLOCKS),
             pool=pool,
             on_extents_left=self._extents_left,
@@ -72,9 +76,18 @@ class Tiers:
         return self.dram_blocks - self.namespace.pool.free_slots
 
     def held(self, hashes: Sequence[BlockHash]) -> Rows:
-        """The rows of the longest held prefix, in either tier."""
-        chain = Chain(b"".join(hashes), HASH_BYTES)
-        return self.namespace.index.rows_of(hashes[: self.namespace.index.hit_length(chain)])
+        """The rows with the bytes of the longest held prefix, in either tier."""
+        return self.namespace.index.bytes_rows(self._named(hashes))
+
+    def truncate(self, hashes: Sequence[BlockHash], truncated: Truncated) -> None:
+        """The daemon's Truncate: what is held of the blocks that stayed has a second name."""
+        index, present = self.namespace.index, self._named(hashes)
+        sources = self.held(truncated.chain)[truncated.first :][len(present) :]
+        if len(sources):
+            behind = int(present[-1]) if len(present) else NO_ROW
+            names = hashes[len(present) : len(present) + len(sources)]
+            added = index.insert_aliases(behind, names, sources, _OWNER)
+            self.namespace.aliases.add(added.tolist(), sources.tolist(), _OWNER, NO_INSTANCE)
 
     def make_room(self, wanted: int, pinned: Rows, now_s: float) -> int:
         """Evict until `wanted` slots are free, sparing `pinned` rows; how many of them are free."""
@@ -90,8 +103,8 @@ class Tiers:
     def store(self, hashes: Sequence[BlockHash], now_s: float) -> Rows:
         """Hold what of the chain is not held yet, as far as it finds room; the new rows."""
         namespace = self.namespace
-        held = self.held(hashes)
-        room = self.make_room(len(hashes) - len(held), held, now_s)
+        held = self._named(hashes)
+        room = self.make_room(len(hashes) - len(held), namespace.index.bytes_rows(held), now_s)
         new = hashes[len(held) : len(held) + room]
         if not new:
             return held[:0]
@@ -119,6 +132,10 @@ class Tiers:
         assert self.dram_used <= self.dram_blocks, "more blocks in DRAM than it has"
         on_nvme = int(np.count_nonzero(index.extent[present] != NO_EXTENT))
         assert on_nvme <= self.nvme_used <= self.nvme_blocks, "more blocks on NVMe than it has"
+
+    def _named(self, hashes: Sequence[BlockHash]) -> Rows:
+        chain = Chain(b"".join(hashes), HASH_BYTES)
+        return self.namespace.index.rows_of(hashes[: self.namespace.index.hit_length(chain)])
 
     def _extents_left(self, namespace: Namespace, extents: Iterable[int]) -> None:
         self.nvme_used -= len(list(extents))

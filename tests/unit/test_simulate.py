@@ -139,7 +139,13 @@ SPEEDS = Speeds(prefill_tokens_per_s=1_500.0, nvme_bytes_per_s=4e6, batch_max=4,
 
 
 def simulate(
-    requests: Sequence[Request], policy: str, *, window: int = -1, speeds: Speeds = SPEEDS, **sizes: int
+    requests: Sequence[Request],
+    policy: str,
+    *,
+    window: int = -1,
+    speeds: Speeds = SPEEDS,
+    may_recompute: bool = False,
+    **sizes: int,
 ) -> tuple[Simulation, Outcome]:
     simulation = Simulation(
         requests,
@@ -150,6 +156,7 @@ def simulate(
         block_bytes=65_536,
         block_tokens=BLOCK_TOKENS,
         queue_window=window,
+        may_recompute=may_recompute,
     )
     return simulation, simulation.run()
 
@@ -194,6 +201,17 @@ def test_a_disk_that_fetches_keep_busy_still_writes_what_is_stored() -> None:
     assert sum(outcome.dram_hits) + sum(outcome.nvme_hits) >= 0.98 * _reusable_blocks(requests)
 
 
+def test_a_request_does_not_wait_for_a_slow_disk_where_it_may_recompute(requests: list[Request]) -> None:
+    slow = Speeds(prefill_tokens_per_s=20_000.0, nvme_bytes_per_s=2e5, batch_max=4, gpus=1)
+    _, loading = simulate(requests, "lru", speeds=slow)
+    simulation, choosing = simulate(requests, "lru", speeds=slow, may_recompute=True)
+    simulation.tiers.check()
+    assert 0 < choosing.recomputed_blocks <= sum(choosing.nvme_hits) + sum(choosing.dram_hits)
+    assert sum(choosing.ttft_s) < 0.9 * sum(loading.ttft_s)
+    _, fast = simulate(requests, "lru", speeds=Speeds(nvme_bytes_per_s=1e12), may_recompute=True)
+    assert fast.recomputed_blocks == 0, "nothing is faster than such a disk"
+
+
 def test_a_policy_that_is_told_nothing_fetches_nothing_ahead(requests: list[Request]) -> None:
     _, told_nothing = simulate(requests, "lookahead", window=0)
     _, lru = simulate(requests, "lru")
@@ -223,6 +241,39 @@ def test_a_turn_holds_the_turn_before_and_its_reply() -> None:
         assert list(turn.hashes[: len(before.stored)]) == list(before.stored)
         assert turn.input_tokens > before.input_tokens + before.output_tokens
     assert generate(Workload(conversations=50, seed=2)) != list(by_number.values())
+
+
+def test_a_conversation_that_outgrows_its_window_loses_the_older_half() -> None:
+    kept, lost = (
+        generate(Workload(conversations=200, context_tokens=2048, keeps_truncated=keeps)) for keeps in (True, False)
+    )
+    shapes = [[(one.input_tokens, one.output_tokens, len(one.stored)) for one in each] for each in (kept, lost)]
+    assert shapes[0] == shapes[1], "the same conversations"
+    assert all(request.input_tokens + request.output_tokens <= 2048 for request in kept)
+    by_number = {request.number: request for request in kept}
+    cuts = [request for request in kept if request.truncated]
+    assert len(cuts) > 100
+    for request in cuts:
+        assert request.truncated is not None
+        before = by_number[request.follows]
+        assert list(request.truncated.chain) == list(before.stored)
+        assert request.truncated.first == 4, "1,024 tokens"
+        assert not set(before.stored) & set(request.hashes), "new names"
+    assert not any(request.truncated for request in lost)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lookahead", "predictive"])
+def test_blocks_that_stay_in_the_window_are_hits_with_truncation_only(policy: str) -> None:
+    hit_ratios = {}
+    for keeps in (True, False):
+        requests = generate(Workload(conversations=40, context_tokens=2048, keeps_truncated=keeps))
+        endless = replay(requests, policy, queue_window=0, dram_blocks=unique_blocks(requests), block_bytes=4096)
+        assert sum(endless.dram_hits) == _reusable_blocks(requests)
+        simulation, outcome = simulate(requests, policy, speeds=Speeds(nvme_bytes_per_s=1e7), nvme_blocks=2000)
+        simulation.tiers.check()
+        assert sum(outcome.dram_hits) + sum(outcome.nvme_hits) <= _reusable_blocks(requests)
+        hit_ratios[keeps] = outcome.hit_ratio
+    assert hit_ratios[True] > 1.1 * hit_ratios[False]
 
 
 def test_later_turns_come_after_the_reply_and_the_thinking() -> None:
@@ -284,6 +335,7 @@ def test_plots_are_pictures_of_moderate_size(tmp_path: Path) -> None:
         (["--dram-share", "0"], "above 0 and at most 1"),
         (["--dram", "12GB"], "write 12GiB"),
         (["--batch", "0"], "--batch must be above 0"),
+        (["--context-tokens", "512"], "at least four blocks, 1024"),
         (["--tarce", "x"], "did you mean --trace"),
     ],
 )
