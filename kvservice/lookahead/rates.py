@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _HALF_LIFE_S = 5.0  # of busy time: an older measurement counts half
+_FORGOTTEN_S = 60.0  # of any time: nothing that ended longer ago says how fast the device is now
 
 
 class Throughput:
@@ -13,6 +14,7 @@ class Throughput:
         """Begun and not ended."""
         self._pending = 0
         self._since_s = 0.0
+        self._ended_s = float("-inf")
         self._bytes = 0.0
         self._seconds = 0.0
 
@@ -27,6 +29,10 @@ class Throughput:
         rate = self.bytes_per_s
         return self.pending_bytes / rate if rate else 0.0
 
+    def is_current(self, now_s: float) -> bool:
+        """Whether the rate was measured lately."""
+        return self.bytes_per_s > 0 and now_s - self._ended_s <= _FORGOTTEN_S
+
     def began(self, size_bytes: int, now_s: float) -> None:
         """The device was given a piece of work."""
         if not self._pending:
@@ -39,6 +45,8 @@ class Throughput:
         self._pending -= 1
         self.pending_bytes -= size_bytes
         elapsed_s, self._since_s = max(0.0, now_s - self._since_s), now_s
-        kept = 0.5 ** (elapsed_s / _HALF_LIFE_S)
+        kept = 0.5 ** (elapsed_s / _HALF_LIFE_S) if self.is_current(now_s) or not moved_bytes else 0.0
         self._bytes = self._bytes * kept + moved_bytes
         self._seconds = self._seconds * kept + elapsed_s
+        if moved_bytes:
+            self._ended_s = now_s

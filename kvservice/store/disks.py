@@ -232,6 +232,12 @@ class Disks:
         per_byte_s = max(count / disk.read_bytes_per_s for disk, count in zip(disks, counts.tolist(), strict=True))
         return len(extents) / per_byte_s, max(disk.wait_s for disk in disks)
 
+    def is_measured(self, extents: np.ndarray) -> bool:
+        """Whether the disks of these extents were read lately, or are being read."""
+        now_s = time.monotonic()
+        reads = [self.disks[position].reads for position in np.unique(extents >> _VOLUME_SHIFT).tolist()]
+        return all(one.is_current(now_s) or one.pending_bytes for one in reads)
+
     def usage(self) -> TierUsage:
         """Occupancy of all disks; the state names those that are not online."""
         usages = [disk.volume.usage() for disk in self.disks]

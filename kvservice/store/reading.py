@@ -25,6 +25,7 @@ from kvservice.store.space import Space
 from kvservice.transfers import Priority
 
 _REQUESTS_AHEAD_MAX = 4096
+_MEASURED_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +79,10 @@ class Reading:
         return Looked(namespace.index.dram_length(chain, hit), hit, len(chain), miss, shifts)
 
     def plan_load(self, namespace: Namespace, packed: bytes, engine: Speeds) -> PlannedLoad:
-        """How many leading blocks to load rather than to recompute; no side effect, like a lookup.
+        """How many leading blocks to load rather than to recompute.
+
+        No side effect, like a lookup, but one: where it says to recompute on the word of an old measurement, or of
+        writes, a few blocks are prefetched. What is never read is never measured: a wrong rate would stay for good.
 
         Args:
             engine: the engine's own speeds; the disks' are put in.
@@ -96,6 +100,8 @@ class Reading:
             tokens_per_block=namespace.spec.tokens_per_block,
             speeds=replace(engine, nvme_bytes_per_s=rate, nvme_wait_s=wait_s),
         )
+        if plan.blocks < len(rows) and not self._disks.is_measured(index.extent[rows[to_read]]):
+            self._measure(namespace, rows, in_dram)
         return PlannedLoad(Looked(in_dram, len(rows), len(chain), miss), plan)
 
     async def get(
@@ -239,6 +245,18 @@ class Reading:
         if session_id:
             namespace.sessions.extend(session_key(session_id), rows, int(rows[-1]))
         self._journal.touched(namespace, of_bytes, session_id)
+
+    def _measure(self, namespace: Namespace, rows: Rows, first: int) -> None:
+        """Prefetch a transfer's worth of the chain `rows`, whose blocks before `first` are in DRAM."""
+        blocks = max(1, _MEASURED_BYTES // namespace.stride_bytes)
+        chosen = rows[first : first + blocks]
+        chosen = chosen[namespace.index.slot[chosen] == NO_SLOT]
+        in_front = namespace.index.slot[rows[:first]]
+        namespace.pool.hold(in_front)
+        self._space.evict_for_hint(namespace, len(chosen))
+        namespace.end_hold(in_front)
+        chosen = chosen[: namespace.pool.free_slots]
+        namespace.end_hold(self._fetch(namespace, chosen, np.ones(len(chosen), dtype=bool), Priority.PREFETCH))
 
     def _fetch(self, namespace: Namespace, rows: Rows, on_nvme: np.ndarray, priority: Priority) -> np.ndarray:
         """The slots of all rows, each with one more holder; those on NVMe are being read into new ones."""

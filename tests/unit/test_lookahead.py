@@ -58,6 +58,19 @@ def test_throughput_follows_a_device_that_slows_down() -> None:
     assert 100 <= rate.bytes_per_s < 160
 
 
+def test_throughput_forgets_what_was_long_ago() -> None:
+    """A device that was slow once is not slow for ever because nobody asks it for anything any more."""
+    rate = Throughput()
+    rate.began(100, 0.0)
+    rate.ended(100, 100, 100.0)
+    assert rate.is_current(150.0)
+    assert not rate.is_current(200.0)
+    rate.began(100, 200.0)
+    rate.ended(100, 100, 201.0)
+    assert (rate.bytes_per_s, rate.is_current(202.0)) == (100.0, True)
+    assert not Throughput().is_current(0.0)
+
+
 def test_what_failed_or_was_cancelled_moved_nothing() -> None:
     rate = Throughput()
     rate.began(100, 0.0)

@@ -166,7 +166,7 @@ def simulate(
 def test_every_request_is_served_once_and_the_books_agree(
     requests: list[Request], policy: str, sizes: dict[str, int]
 ) -> None:
-    simulation, outcome = simulate(requests, policy, **sizes)
+    simulation, outcome = simulate(requests, policy, speeds=SPEEDS, may_recompute=False, **sizes)
     simulation.tiers.check()
     assert len(outcome.ttft_s) == len(outcome.asked) == len(requests)
     # hits + misses = requested, and no more is missed or held than was asked for.

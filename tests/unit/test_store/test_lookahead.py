@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import Counter
 
 from kvservice import errors
+from kvservice.lookahead import Speeds
 from kvservice.queues import Entry, QueueDelta, QueueSnapshot, QueueUpdate, UpdateOutcome
 from kvservice.store.prefetching import Prefetching
 from tests.nodes import Node, running
@@ -223,6 +224,28 @@ def test_a_window_larger_than_dram_does_not_chase_its_tail(tmp_path: Path) -> No
             for _ in range(20):
                 await until_settled(node)
             assert count(node.store.metrics.prefetches.started) == started, "blocks came and went for nothing"
+
+    asyncio.run(scenario())
+
+
+def test_a_disk_whose_writes_were_slow_is_measured_before_it_is_given_up(tmp_path: Path) -> None:
+    """Recomputing on the word of a wrong rate would leave that rate for good: nothing would be read."""
+
+    async def scenario() -> None:
+        async with running(tmp_path) as node:
+            for number in range(5):
+                await node.engine.save(chain(f"c{number}", 6))
+                await node.flush()
+            store, engine, disk = node.store, node.engine, node.store.disks.disks[0]
+            disk.writes.began(1, 0.0)
+            disk.writes.ended(1, 1, 1e9)
+            speeds = Speeds(prefill_tokens_per_s=0.01)  # a block is computed in half an hour
+            planned = store.plan_load(engine.peer, engine.namespace_id, b"".join(chain("c0", 6)), speeds)
+            assert planned.plan.blocks == planned.looked.dram_blocks < 6, "on the word of the writes"
+            await node.quiet()
+            again = store.plan_load(engine.peer, engine.namespace_id, b"".join(chain("c1", 6)), speeds)
+            assert again.looked.dram_blocks < again.plan.blocks == 6
+            store.check()
 
     asyncio.run(scenario())
 
