@@ -174,7 +174,7 @@ class Simulation:
         if self._next is None and self._waiting and len(self._decoding) < self._speeds.batch_max:
             self._next = self._start(self._waiting.popleft(), now_s)
             self._plan(now_s)
-        if self._next is not None and self._movement.is_there(self._next.rows):
+        if self._next is not None and self._movement.is_there(self._next.rows, self._next.slots):
             self._prefill(self._next, now_s)
         elif self._decoding:
             self._phase += 1

@@ -7,7 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, NO_SLOT, Rows
+from kvservice.blocks import NO_ROW, NO_SLOT, Rows, Slots
+from kvservice.index import State
 from kvservice.lookahead import Fetch, Job, Planner
 from kvservice.simulate.device import Device, SimulatedTransfer
 from kvservice.simulate.outcome import Outcome
@@ -33,8 +34,8 @@ class Movement:
         self._outcome = outcome
         self._on_landed = on_landed
         self._planner = Planner()
-        self._transfer_of: dict[int, SimulatedTransfer] = {}  # by row on its way into DRAM
-        self._fetches: dict[int, tuple[SimulatedTransfer, Rows]] = {}
+        self._transfer_of: dict[int, SimulatedTransfer] = {}  # by row, of those that are arriving
+        self._fetches: dict[int, tuple[SimulatedTransfer, Rows, Slots]] = {}
         self._block_bytes = self._namespace.spec.block_size_bytes
 
     def get(self, rows: Rows, now_s: float) -> Rows:
@@ -56,9 +57,9 @@ class Movement:
         """How long a Get that comes now waits for the device."""
         return self._device.wait_s(Priority.GET)
 
-    def is_there(self, rows: Rows) -> bool:
-        """Whether all the rows' bytes are in DRAM."""
-        return not self._namespace.index.arriving[rows].any()
+    def is_there(self, rows: Rows, slots: Slots) -> bool:
+        """Whether the bytes of all rows that got these slots are in DRAM, or left the store meanwhile."""
+        return not self._namespace.index.arriving[self._still(rows, slots)].any()
 
     @property
     def is_running_dry(self) -> bool:
@@ -82,12 +83,12 @@ class Movement:
         room = self._tiers.dram_blocks - int(np.count_nonzero(busy))
         plan = self._planner.plan(jobs, room={_GROUP: room}, bytes_per_s=self._device.bytes_per_s, now_s=now_s)
         for number in plan.cancel:
-            transfer, rows = self._fetches[number]
+            transfer, rows, slots = self._fetches[number]
             if self._device.cancel(transfer):
-                self._give_up(number, rows)
+                self._give_up(number, rows, slots)
         for number, order in plan.reorder:
             if number in self._fetches:
-                transfer, _ = self._fetches[number]
+                transfer = self._fetches[number][0]
                 if transfer.priority is Priority.PREFETCH:
                     self._device.hurry(transfer, Priority.PREFETCH, order)
         for fetch in plan.start:
@@ -113,13 +114,15 @@ class Movement:
 
     def _fetch(self, fetch: Fetch, needed: Rows, now_s: float) -> None:
         rows = np.array(fetch.blocks, dtype=np.int32)
-        if self._tiers.make_room(len(rows), needed, now_s) < len(rows):
-            self._planner.ended(fetch.number)
+        has_room = self._tiers.make_room(len(rows), needed, now_s) == len(rows)
+        if not has_room or (self._namespace.index.state[rows] != State.RESIDENT).any():
+            self._planner.ended(fetch.number)  # room was made at the price of the blocks themselves, or not at all
             return
-        transfer = self._read(rows, Priority.PREFETCH, fetch.order, now_s, fetch=fetch.number)
-        self._fetches[fetch.number] = transfer, rows
+        self._fetches[fetch.number] = self._read(rows, Priority.PREFETCH, fetch.order, now_s, fetch=fetch.number)
 
-    def _read(self, rows: Rows, priority: Priority, order: float, now_s: float, *, fetch: int = 0) -> SimulatedTransfer:
+    def _read(
+        self, rows: Rows, priority: Priority, order: float, now_s: float, *, fetch: int = 0
+    ) -> tuple[SimulatedTransfer, Rows, Slots]:
         namespace = self._namespace
         slots = namespace.pool.allocate(len(rows))
         namespace.index.attach_slots(rows, slots)
@@ -128,41 +131,41 @@ class Movement:
         transfer = SimulatedTransfer(priority, order, size_bytes, partial(self._landed, rows, slots, fetch))
         self._transfer_of.update(dict.fromkeys(rows.tolist(), transfer))
         self._device.submit(transfer, now_s)
-        return transfer
+        return transfer, rows, slots
 
-    def _landed(self, rows: Rows, slots: Rows, fetch: int, now_s: float) -> None:
+    def _landed(self, rows: Rows, slots: Slots, fetch: int, now_s: float) -> None:
         self._outcome.fetched_blocks += len(rows)
-        self._namespace.index.arriving[rows] = False
-        self._arrived(rows, slots)
+        self._namespace.index.arriving[self._still(rows, slots)] = False
+        self._namespace.end_hold(slots)
         if fetch:
             del self._fetches[fetch]
             self._planner.ended(fetch)
         self._on_landed(now_s)
 
-    def _give_up(self, fetch: int, rows: Rows) -> None:
-        index, pool = self._namespace.index, self._namespace.pool
-        slots = index.slot[rows]
-        pool.row_of[slots] = NO_ROW
-        for row in rows.tolist():
-            index.detach_slot(row)
-        self._arrived(rows, slots)
+    def _give_up(self, fetch: int, rows: Rows, slots: Slots) -> None:
+        still = self._still(rows, slots)
+        self._namespace.pool.row_of[self._namespace.index.slot[still]] = NO_ROW
+        for row in still.tolist():
+            self._namespace.index.detach_slot(row)
+        self._namespace.end_hold(slots)
         del self._fetches[fetch]
         self._planner.ended(fetch)
 
-    def _arrived(self, rows: Rows, slots: Rows) -> None:
-        for row in rows.tolist():
-            del self._transfer_of[row]
-        self._namespace.end_hold(slots)
-
-    def _written(self, rows: Rows, slots: Rows, now_s: float) -> None:
-        """The rows are still there: who is held does not leave, nor what is dirty."""
+    def _written(self, rows: Rows, slots: Slots, now_s: float) -> None:
         namespace = self._namespace
         granted = self._tiers.take_extents(len(rows), now_s)
-        for row in rows[:granted].tolist():
+        still = self._still(rows, slots)
+        for row in still[:granted].tolist():
             namespace.index.attach_extent(row, row)  # a number of its own is all that an extent needs
-        namespace.index.dirty[rows] = False
-        namespace.end_work(slots)
+        namespace.index.dirty[still] = False
+        namespace.end_hold(slots)
+        self._tiers.nvme_used -= granted - len(still[:granted])
         self._outcome.written_blocks += granted
+
+    def _still(self, rows: Rows, slots: Slots) -> Rows:
+        """Without those that left while bytes moved: what is behind an alias goes with its source, held or not."""
+        still: Rows = rows[self._namespace.pool.row_of[slots] == rows]
+        return still
 
     def _pieces(self, rows: Rows) -> list[Rows]:
         at_once = max(1, _TRANSFER_BYTES_MAX // self._block_bytes)

@@ -273,6 +273,8 @@ def test_blocks_that_stay_in_the_window_are_hits_with_truncation_only(policy: st
         simulation.tiers.check()
         assert sum(outcome.dram_hits) + sum(outcome.nvme_hits) <= _reusable_blocks(requests)
         hit_ratios[keeps] = outcome.hit_ratio
+        tight, _ = simulate(requests, policy, speeds=Speeds(nvme_bytes_per_s=1e6), dram_blocks=30, nvme_blocks=60)
+        tight.tiers.check()
     assert hit_ratios[True] > 1.1 * hit_ratios[False]
 
 
