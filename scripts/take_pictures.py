@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from scripts.dashboard import ROWS, Panel
+from scripts.dashboard.rows import ROWS, Panel
 from scripts.generate_monitoring import ALERTS
 from tests.daemons import DaemonProcess
 from tests.operations.browser import Browser

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvservice_client as kv
+from kvservice_client.device import CachePart, DeviceCache, DeviceKV
 from scripts import generate_metrics_doc, generate_monitoring
-from tests.daemons import DaemonProcess
+from scripts.dashboard import GPU_ROW
+from tests.blocks import chain
+from tests.daemons import DaemonProcess, DaemonThread
+from tests.devices import FakeGpu
 from tests.operations.prometheus import Prometheus
-from tests.operations.traffic import Engine, endless
+from tests.operations.traffic import BLOCK_BYTES, BLOCKS, MODEL, Engine, endless
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.operations, pytest.mark.timeout(240)]
@@ -36,13 +44,15 @@ def panels() -> list[dict[str, Any]]:
     return [panel for panel in document["panels"] if panel["type"] != "row"]
 
 
-def expressions() -> dict[str, str]:
-    """Every query of the dashboard, by panel and legend."""
-    return {
-        f"{panel['title']}: {target['legendFormat']}": target["expr"]
-        for panel in panels()
-        for target in panel["targets"]
-    }
+def expressions(row: str = "") -> dict[str, str]:
+    """Every query of the dashboard, or of one row, by panel and legend."""
+    found: dict[str, str] = {}
+    of = ""
+    for panel in json.loads(generate_monitoring.DASHBOARD.read_text(encoding="utf-8"))["panels"]:
+        of = panel["title"] if panel["type"] == "row" else of
+        if not row or row == of:
+            found |= {f"{panel['title']}: {each['legendFormat']}": each["expr"] for each in panel.get("targets", ())}
+    return found
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -114,9 +124,10 @@ def test_every_query_of_the_dashboard_returns_data_of_a_daemon_under_load(
     program = require_tool("prometheus", "prometheus")
     server = Prometheus(program, tmp_path, target=daemon.http_address, rules=generate_monitoring.ALERTS)
     with server as prometheus, load(daemon):
-        for where, expression in expressions().items():
+        without_gpu = expressions().keys() - expressions(GPU_ROW).keys()
+        for where in without_gpu:
 
-            def has_data(expression: str = filled_in(expression)) -> bool:
+            def has_data(expression: str = filled_in(expressions()[where])) -> bool:
                 return any(not math.isnan(float(sample["value"][1])) for sample in prometheus.query(expression))
 
             eventually(has_data, within_s=30, what=f"data for {where}")
@@ -124,6 +135,37 @@ def test_every_query_of_the_dashboard_returns_data_of_a_daemon_under_load(
             assert alert["health"] == "ok", alert
         assert not [alert["name"] for alert in prometheus.rules() if alert["name"] in NEVER_BY_LOAD and alert["alerts"]]
         assert prometheus.query('up{job="gpu/kvservice"}')[0]["value"][1] == "1"
+
+
+def test_every_query_about_gpus_returns_what_a_gpu_of_host_memory_moved(
+    stack: ExitStack, gpu: FakeGpu, require_tool: RequireTool, tmp_path: Path
+) -> None:
+    """The copies are the daemon's own; only the copy engines are a thread's. Failures are none, and said to be 0."""
+    program = require_tool("prometheus", "prometheus")
+    folder = Path(tempfile.mkdtemp(prefix="kvs-"))
+    stack.callback(shutil.rmtree, folder)
+    daemon = stack.enter_context(DaemonThread(folder / "daemon", driver=gpu.driver, http_port=0))
+    client = stack.enter_context(kv.attach(MODEL, socket_dir=daemon.socket_dir))
+    cache = DeviceCache(BLOCKS, (CachePart(gpu.allocate(BLOCKS * BLOCK_BYTES), BLOCK_BYTES, BLOCK_BYTES),))
+    device = DeviceKV(client, cache, driver=gpu.driver)
+    stack.callback(device.close)
+    server = Prometheus(program, tmp_path, target=daemon.daemon.http_address, rules=generate_monitoring.ALERTS)
+    prometheus = stack.enter_context(server)
+    numbers = count()
+    queries = expressions(GPU_ROW)
+    assert len(queries) == 4
+    for where, expression in queries.items():
+
+        def has_moved(where: str = where, expression: str = filled_in(expression)) -> bool:
+            hashes = chain(f"chat {next(numbers)}", BLOCKS)
+            assert device.save(hashes, range(BLOCKS)).saved == BLOCKS
+            assert device.load(hashes, range(BLOCKS)).result().blocks == BLOCKS
+            values = {each["metric"]["direction"]: float(each["value"][1]) for each in prometheus.query(expression)}
+            if where.startswith("Copies that failed"):
+                return values == {"dram_to_gpu": 0, "gpu_to_dram": 0}
+            return len(values) == 2 and min(values.values()) > 0
+
+        eventually(has_moved, within_s=60, what=f"data for {where}")
 
 
 def test_the_dashboard_can_be_imported_and_narrowed() -> None:

@@ -1,12 +1,8 @@
-"""The Grafana dashboard: rows of panels, each a title, a unit and the queries that it draws."""
+"""What the dashboard shows: rows of panels, each a title, a unit and the queries that it draws."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-COLUMNS = 24
-PICK = '{namespace=~"$namespace",node=~"$node",instance=~"$instance"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +36,16 @@ _WINDOW_IN_DRAM = "sum(kvservice_prefetch_window_dram_blocks{*}) / (sum(kvservic
 _GETS = 'kvservice_operation_duration_seconds_count{*,operation="get"}'
 _GETS_FROM_NVME = 'kvservice_operation_duration_seconds_count{*,operation="get",tier="nvme"}'
 _GET_FROM_NVME = f"{_rate(_GETS_FROM_NVME)} / {_rate(_GETS)}"
+
+
+GPU_ROW = "GPUs"
+"""Without a GPU these panels draw zeros, or nothing."""
+_GPU_BYTES = 'kvservice_transfer_bytes_total{*,direction=~".*gpu.*"}'
+_GPU_SECONDS = 'kvservice_transfer_seconds_total{*,direction=~".*gpu.*"}'
+
+
+def _written(what: str) -> str:
+    return f'sum by (disk) (increase(kvservice_disk_bytes_total{{*,what="{what}"}}[$__range]))'
 
 
 def _stat(title: str, unit: str, query: str, about: str) -> Panel:
@@ -95,7 +101,7 @@ ROWS: dict[str, list[Panel]] = {
             "Bytes between tiers",
             "Bps",
             {"{{direction}}": _rate("kvservice_transfer_bytes_total{*}", "direction")},
-            "Write-behind and reads from NVMe.",
+            "Write-behind, reads from NVMe, and copies to and from GPUs.",
         ),
         Panel(
             "Device speed",
@@ -107,6 +113,25 @@ ROWS: dict[str, list[Panel]] = {
                 + " > 0)"
             },
             "Bytes per second of transfer time: what one transfer achieves, not how many there are.",
+        ),
+        Panel(
+            "Transfers at the disks",
+            "short",
+            {"{{priority}} {{is}}": "sum by (priority, is) (kvservice_disk_transfers{*})"},
+            "Queue depth: a Get that waits behind others, or write-behind that a disk cannot keep up with.",
+            is_stacked=True,
+        ),
+        Panel(
+            "Write amplification",
+            "none",
+            {"{{disk}}": f"{_written('written')} / ({_written('admitted')} > 0)"},
+            "Bytes written over bytes of blocks stored, in the chosen time range. Empty while nothing is stored.",
+        ),
+        Panel(
+            "Drive writes per day",
+            "none",
+            {"{{disk}}": 'kvservice_disk_drive_writes_per_day{*,window="hour"}'},
+            "Over the last hour: what the disk's endurance is rated in.",
         ),
         Panel(
             "Blocks leaving by reason",
@@ -198,6 +223,32 @@ ROWS: dict[str, list[Panel]] = {
                 "p90": _quantile(0.9, 'kvservice_operation_duration_seconds_bucket{*,operation="prefetch"}'),
             },
             "From the submission of a transfer until it is in DRAM; it should be shorter than the queue.",
+        ),
+    ],
+    GPU_ROW: [
+        Panel(
+            "Bytes between DRAM and GPUs",
+            "Bps",
+            {"{{direction}}": _rate(_GPU_BYTES, "direction")},
+            "Of the device plane. 0: engines copy themselves; the log's `ready` line says why.",
+        ),
+        Panel(
+            "Loads and saves on the device plane",
+            "reqps",
+            {"{{direction}}": _rate("kvservice_gpu_copies_total{*}", "direction")},
+            "Each is one copy of all blocks of a request.",
+        ),
+        Panel(
+            "Speed of a load or save",
+            "Bps",
+            {"{{direction}}": f"{_rate(_GPU_BYTES, 'direction')} / ({_rate(_GPU_SECONDS, 'direction')} > 0)"},
+            "Its bytes over the time from asking until they are there.",
+        ),
+        Panel(
+            "Copies that failed",
+            "short",
+            {"{{direction}}": "sum by (direction) (increase(kvservice_gpu_copy_failures_total{*}[$__range]))"},
+            "In the chosen time range; each is a miss for its engine. Must be 0.",
         ),
     ],
     "Engines": [
@@ -292,102 +343,3 @@ ROWS: dict[str, list[Panel]] = {
         ),
     ],
 }
-
-
-def dashboard() -> dict[str, Any]:
-    """The document that Grafana imports."""
-    panels: list[dict[str, Any]] = []
-    top = 0
-    for title, row in ROWS.items():
-        panels.append(
-            {
-                "id": len(panels) + 1,
-                "type": "row",
-                "title": title,
-                "collapsed": False,
-                "panels": [],
-                "gridPos": {"h": 1, "w": COLUMNS, "x": 0, "y": top},
-            }
-        )
-        top += 1
-        left = line = 0
-        for panel in row:
-            if left + panel.width > COLUMNS:
-                left, top, line = 0, top + line, 0
-            panels.append(_panel(panel, len(panels) + 1, left, top))
-            left, line = left + panel.width, max(line, panel.height)
-        top += line
-    return {
-        "uid": "kvservice",
-        "title": "kvservice",
-        "description": "KV blocks of conversations: hits, tiers, look-ahead, engines, cost.",
-        "tags": ["kvservice", "llm"],
-        "schemaVersion": 39,
-        "version": 1,
-        "editable": True,
-        "refresh": "30s",
-        "time": {"from": "now-1h", "to": "now"},
-        "timezone": "browser",
-        "templating": {"list": _variables()},
-        "annotations": {"list": []},
-        "panels": panels,
-    }
-
-
-def _panel(panel: Panel, number: int, left: int, top: int) -> dict[str, Any]:
-    custom: dict[str, Any] = {}
-    if panel.kind == "timeseries":
-        custom = {
-            "drawStyle": "line",
-            "fillOpacity": 20 if panel.is_stacked else 0,
-            "showPoints": "never",
-            "stacking": {"mode": "normal" if panel.is_stacked else "none", "group": "A"},
-        }
-    return {
-        "id": number,
-        "type": panel.kind,
-        "title": panel.title,
-        "description": panel.about,
-        "datasource": {"type": "prometheus", "uid": "${datasource}"},
-        "gridPos": {"h": panel.height, "w": panel.width, "x": left, "y": top},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "custom": custom}, "overrides": []},
-        "targets": [
-            {
-                "refId": chr(ord("A") + position),
-                "datasource": {"type": "prometheus", "uid": "${datasource}"},
-                "expr": query.replace("{*", PICK[:-1]),
-                "legendFormat": legend,
-                "range": True,
-            }
-            for position, (legend, query) in enumerate(panel.queries.items())
-        ],
-    }
-
-
-def _variables() -> list[dict[str, Any]]:
-    source = {"type": "prometheus", "uid": "${datasource}"}
-    chosen = {"text": "All", "value": "$__all"}
-    narrowing = ""
-    variables: list[dict[str, Any]] = [
-        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
-    ]
-    for label in ("namespace", "node", "instance"):
-        query = f"label_values(kvservice_build_info{{{narrowing}}}, {label})"
-        variables.append(
-            {
-                "name": label,
-                "label": label.capitalize(),
-                "type": "query",
-                "datasource": source,
-                "query": query,
-                "definition": query,
-                "includeAll": True,
-                "allValue": ".*",
-                "multi": True,
-                "refresh": 2,
-                "sort": 1,
-                "current": chosen,
-            }
-        )
-        narrowing += f'{", " if narrowing else ""}{label}=~"${label}"'
-    return variables
