@@ -173,13 +173,13 @@ def pack_pages(records: np.ndarray, *, file_number: int, first_page: int) -> byt
     return pages.tobytes()
 
 
-def unpack_pages(data: bytes, *, file_number: int) -> tuple[np.ndarray, int]:
+def unpack_pages(data: memoryview, *, file_number: int) -> tuple[np.ndarray, int]:
     """All records of the intact pages of a whole file, in order, and how many pages were damaged.
 
     A page of zeros is one that was never written; one from elsewhere is damage; the end of a page that
-    was not written whole is nothing.
+    was not written whole is nothing. The caller's memory is worked in: the pages' checksums are zero afterwards.
     """
-    pages = np.frombuffer(data, dtype=_PAGE, count=len(data) // PAGE_BYTES).copy()
+    pages = np.frombuffer(data, dtype=_PAGE, count=len(data) // PAGE_BYTES)
     checksums = pages["checksum"].copy()
     pages["checksum"] = 0
     is_intact = (

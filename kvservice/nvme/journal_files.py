@@ -58,7 +58,7 @@ class JournalFiles:
                 damaged += bad
         return fold_records(np.concatenate(parts)), damaged
 
-    def _content(self, path: str) -> bytes:
+    def _content(self, path: str) -> memoryview:
         descriptor = self._files.open(path, direct=False, create=False)
         try:
             content = bytearray(self._files.size_bytes(descriptor))
@@ -70,4 +70,4 @@ class JournalFiles:
                 done += count
         finally:
             self._files.close(descriptor)
-        return bytes(content[:done])
+        return memoryview(content)[:done]

@@ -53,10 +53,10 @@ def find_segments(directory: str, files: Files) -> list[Segment]:
 def fitting(found: Sequence[Segment], records: np.ndarray, data_bytes: int) -> list[Segment]:
     """The segments that may stay where the volume's bound has become smaller: those used last."""
     last_used_s: dict[int, float] = {}
-    stored = records[records["kind"] == RecordKind.STORED]
-    numbers, which = np.unique(segment_of(stored["extent"]), return_inverse=True)
+    is_stored = records["kind"] == RecordKind.STORED
+    numbers, which = np.unique(segment_of(records["extent"][is_stored]), return_inverse=True)
     latest = np.zeros(len(numbers))
-    np.maximum.at(latest, which, stored["last_used_s"])
+    np.maximum.at(latest, which, records["last_used_s"][is_stored])
     last_used_s.update(zip(numbers.tolist(), latest.tolist(), strict=True))
     kept, taken_bytes = [], 0
     for segment in sorted(found, key=lambda of: last_used_s.get(of.header.segment_id, 0.0), reverse=True):
@@ -72,11 +72,11 @@ def recollect(
     """What the live records say of the segments that there are."""
     digests, specs = list(names), list(names.values())
     by_short = {short_digest(digest): at for at, digest in enumerate(digests)}
-    stored = records[records["kind"] == RecordKind.STORED]
+    stored = _chosen(records, records["kind"] == RecordKind.STORED)
     namespace_index = _positions(by_short, stored["namespace"])
     is_there = _plausible(specs, digests, segments, stored, namespace_index)
     lost = stored["extent"][~is_there].tolist()
-    stored, namespace_index = stored[is_there], namespace_index[is_there]
+    stored, namespace_index = _chosen(stored, is_there), namespace_index[is_there]
     ends = records[records["kind"] == RecordKind.SESSION]
     sessions = [
         (at, session, extent)
@@ -121,6 +121,11 @@ def _aliases(by_short: Mapping[int, int], records: np.ndarray) -> list[Recovered
         )
         if at >= 0
     ]
+
+
+def _chosen(records: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Those of the mask; nearly always all, which need no copy."""
+    return records if mask.all() else records[mask]
 
 
 def _positions(by_short: Mapping[int, int], column: np.ndarray) -> np.ndarray:

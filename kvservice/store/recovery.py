@@ -186,7 +186,9 @@ def _reachable(
     def positions(of: Iterable[bytes]) -> np.ndarray:
         return np.fromiter(map(position_of.get, of, repeat(NO_ROW)), dtype=np.int64, count=len(hashes))
 
-    is_last = positions(hashes) == np.arange(len(hashes))  # of a block that stands twice, the later record counts
+    is_last = np.ones(len(hashes), dtype=bool)
+    if len(position_of) < len(hashes):
+        is_last = positions(hashes) == np.arange(len(hashes))  # of a block that stands twice, the later record counts
     parent_of = positions(parents)
     is_root = ~np.fromiter(map(bool, parents), dtype=bool, count=len(hashes))
     by_depth = np.argsort(depths, kind="stable")
