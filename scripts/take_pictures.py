@@ -60,7 +60,7 @@ def main() -> None:
         status = browser.picture(f"http://{daemon.http_address}/", "status", width=1000, height=1180)
         page = folder / "dashboard.html"
         page.write_text(_dashboard(prometheus, started_s + 10, time.time()), encoding="utf-8")
-        board = browser.picture(page.as_uri(), "dashboard", width=1240, height=3050)
+        board = browser.picture(page.as_uri(), "dashboard", width=1240, height=3160)
     (DOCS / "status-page.png").write_bytes(status)
     (DOCS / "dashboard.png").write_bytes(board)
     print(f"wrote {DOCS / 'status-page.png'} and {DOCS / 'dashboard.png'}")
