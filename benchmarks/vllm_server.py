@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +17,7 @@ from typing import Any, Self
 
 _ROOT = Path(__file__).parents[1]
 _START_TIMEOUT_S = 300.0
-_STOP_TIMEOUT_S = 30.0
+_SUPERVISOR = Path(__file__).parent / "supervised.py"
 
 VENV = _ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")
 """Made by scripts/install_vllm.sh."""
@@ -79,8 +78,10 @@ class VllmServer:
         if transfer is not None:
             command += ["--kv-transfer-config", json.dumps(transfer)]
         with log.open("w", encoding="utf-8") as out:
+            # Its input is the pipe that ends it and all its processes, also when this process is killed.
             self._popen = subprocess.Popen(
-                command,
+                [sys.executable, _SUPERVISOR, *command],
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=vllm_environment(**(environ or {})),
@@ -118,13 +119,7 @@ class VllmServer:
             return str(response.read().decode())
 
     def stop(self) -> None:
-        """SIGINT to all its processes, SIGKILL to those that stay."""
-        if self.is_running:
-            os.killpg(self._popen.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(_STOP_TIMEOUT_S)
-        try:
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        """End all its processes; see supervised."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
         self._popen.wait()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvservice_adapters.hashing import BlockChain
 
@@ -122,6 +123,14 @@ class FittedPrompt:
         """The tokens to run."""
         return self._tokens_of(self.number)
 
+    def stated(self) -> dict[str, Any]:
+        """What a request to vLLM says of it, as "truncation" in kv_transfer_params; see docs/truncation.md."""
+        return {
+            "conversation": list(self.conversation),
+            "keep": self._ranges_of(self.number),
+            "kept_before": self._ranges_of(max(0, self.number - 1)),
+        }
+
     def chain(self, fingerprint: bytes, tokens_per_block: int) -> BlockChain:
         """The block hashes of what is run."""
         return self._chain_of(self.number, fingerprint, tokens_per_block)
@@ -145,9 +154,15 @@ class FittedPrompt:
             views.append(FormerView(hashes, kept, blocks))
         return views
 
+    def _ranges_of(self, number: int) -> list[list[int]]:
+        """The conversation's token ranges [start, end) that a view keeps."""
+        sinks, whole = self.policy.sinks, len(self.conversation)
+        if number == 0:
+            return [[0, whole]]
+        return [[0, sinks]] * bool(sinks) + [[sinks + number * self.policy.step, whole]]
+
     def _tokens_of(self, number: int) -> tuple[int, ...]:
-        sinks = self.policy.sinks
-        return self.conversation[:sinks] + self.conversation[sinks + number * self.policy.step :]
+        return tuple(token for start, end in self._ranges_of(number) for token in self.conversation[start:end])
 
     def _chain_of(self, number: int, fingerprint: bytes, tokens_per_block: int) -> BlockChain:
         if number == 0:

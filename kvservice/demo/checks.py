@@ -165,6 +165,15 @@ def logits_difference(one: Finished, other: Finished) -> float:
     return float(np.abs(one.logits - other.logits).max())
 
 
+def overflow_problems(rows: Sequence[Row], *, window_tokens: int) -> list[str]:
+    """What is off with a conversation that was to outgrow its window, beside its single turns."""
+    if any(row.dropped_tokens for row in rows):
+        return []
+    return [
+        f"the conversation of {len(rows)} turns never outgrew its window of {window_tokens} tokens: nothing was cut"
+    ]
+
+
 def summarise(rows: Sequence[Row]) -> Summary:
     """The whole run in numbers; `rows` must contain a turn with history."""
     resumed = [row for row in rows if row.history_tokens]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kvservice.demo.checks import Control, Row, Summary, compare, judge_control, summarise
+from kvservice.demo.checks import Control, Row, Summary, compare, judge_control, overflow_problems, summarise
 from kvservice.demo.model import GPU_SHAPE, QUICK_SHAPE, ModelShape, write_model
 from kvservice.demo.processes import DaemonProcess, DemoFailedError, EngineProcess
 from kvservice.demo.protocol import CorruptLoads, Done, Finished, MakeUserTurns, Ready, UserTurns
@@ -157,6 +157,7 @@ class Demo:
         extra = ["--truncate", *(["--sabotage", self._sabotage] if self._sabotage else [])]
         window_tokens = scale.overflow_window_tokens
         resumed: list[Finished] = []
+        rows: list[Row] = []
         with self._engine(
             "engine 4", "--socket-dir", str(daemon.socket_dir), *extra, window_tokens=window_tokens
         ) as engine:
@@ -190,9 +191,11 @@ class Demo:
                     tokens_per_block=ready.tokens_per_block,
                     dtype=ready.dtype,
                 )
-                self.rows.append(row)
+                rows.append(row)
                 self._shown.row(row)
             engine.quit()
+        self.rows += rows
+        self.problems += overflow_problems(rows, window_tokens=window_tokens)
 
     def _attached_engine(self, name: str, daemon: DaemonProcess, turns: range, phase: str) -> EngineProcess:
         numbers = f"turn {turns[0] + 1}" + (f" to {turns[-1] + 1}" if len(turns) > 1 else "")

@@ -85,3 +85,19 @@ def test_what_cannot_be_cut_is_refused() -> None:
         TruncationPolicy(256, drop_ratio=1.0)
     with pytest.raises(ValueError, match="no room"):
         TruncationPolicy(64, sink_tokens=32)
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 20])
+def test_a_request_to_vllm_says_what_is_kept_and_was_kept_before(sink_tokens: int) -> None:
+    policy = TruncationPolicy(window_tokens=128, sink_tokens=sink_tokens)
+    sinks = [[0, policy.sinks]] if sink_tokens else []
+    conversation = list(range(300))
+    for number in (1, 2, 3):
+        tokens = conversation[: 100 + number * policy.step]
+        fitted = policy.fit(tokens, session_id="s", max_new_tokens=10)
+        assert fitted.number == number
+        stated = fitted.stated()
+        assert stated["conversation"] == tokens
+        assert [token for start, end in stated["keep"] for token in tokens[start:end]] == list(fitted.tokens)
+        before = [*sinks, [policy.sinks + (number - 1) * policy.step, len(tokens)]]
+        assert stated["kept_before"] == (before if number > 1 else [[0, len(tokens)]])

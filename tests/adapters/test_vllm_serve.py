@@ -15,8 +15,10 @@ import kvservice_client as kv
 from benchmarks.chat_model import write_chat_model
 from benchmarks.multi_turn import Load, Server, drive, generated
 from benchmarks.vllm_server import VllmServer, transfer_config
+from kvservice_adapters.truncation import TruncationPolicy
 from tests.adapters.conftest import KNOBS, TINY
 from tests.adapters.vllm_engine import PATIENT
+from tests.adapters.vllm_scenes import prompt
 from tests.daemons import DaemonProcess
 from tests.waiting import eventually
 
@@ -42,22 +44,20 @@ def serve(model: Path, daemon: DaemonProcess, log: Path, *flags: str, **environ:
     return VllmServer(model, transfer=transfer, flags=(*FLAGS, *flags), log=log, environ=environ)
 
 
-def chat(server: VllmServer, text: str, **more: Any) -> tuple[str, int, int]:
-    """The answer, and how many tokens of the prompt there were and were not computed."""
-    body = {
-        "model": "model",
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": 24,
-        "temperature": 0.0,
-        "ignore_eos": True,
-    }
+def ask(server: VllmServer, path: str, **body: Any) -> dict[str, Any]:
+    """The API's answer to a greedy request for 24 tokens."""
+    usual = {"model": "model", "max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
     request = urllib.request.Request(
-        f"{server.url}/v1/chat/completions",
-        json.dumps(body | more).encode(),
-        {"Content-Type": "application/json"},
+        f"{server.url}/v1/{path}", json.dumps(usual | body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=120) as response:
-        answered = json.load(response)
+        answered: dict[str, Any] = json.load(response)
+    return answered
+
+
+def chat(server: VllmServer, text: str, **more: Any) -> tuple[str, int, int]:
+    """The answer, and how many tokens of the prompt there were and were not computed."""
+    answered = ask(server, "chat/completions", messages=[{"role": "user", "content": text}], **more)
     usage = answered["usage"]
     return answered["choices"][0]["message"]["content"], usage["prompt_tokens"], cached_of(usage)
 
@@ -95,10 +95,39 @@ def test_conversations_over_the_api_outlive_the_server_and_the_daemon(
         assert (again, reused) == (expected, prompt_tokens // 32 * 32)
         assert metric(server, "vllm:kvservice_loaded_blocks_total") == prompt_tokens // 32
         assert metric(server, "vllm:external_prefix_cache_hits_total") == reused
+        a_conversation_that_is_cut(server)
         conversations_without_a_daemon(server, own_daemon)
     log = (tmp_path / "second.log").read_text()
     assert log.count("no daemon answers") <= 2, "one line for each half, not one per request"
     assert "hook" not in log
+
+
+def a_conversation_that_is_cut(server: VllmServer) -> None:
+    """As docs/truncation.md says: tokens, the session, a salt, and what stays."""
+    saved = metric(server, "vllm:kvservice_saved_blocks_total")
+    conversation = prompt("cut", tokens=320)
+    mine = {"cache_salt": "the secret of conversation 8", "kv_transfer_params": {"session_id": "conversation 8"}}
+    answered = ask(server, "completions", prompt=conversation, return_token_ids=True, **mine)
+    conversation += [*answered["choices"][0]["token_ids"], *prompt("next", tokens=20)]
+    eventually(lambda: metric(server, "vllm:kvservice_saved_blocks_total") >= saved + 10)
+    policy = TruncationPolicy(window_tokens=384, tokens_per_block=32, drop_ratio=1 / 3, sink_tokens=32)
+    fitted = policy.fit(conversation, session_id="conversation 8", max_new_tokens=24)
+    assert fitted.dropped_tokens == 128
+    ids = list(fitted.tokens)
+    mine["kv_transfer_params"] = {"session_id": "conversation 8", "truncation": fitted.stated()}
+    answered = ask(server, "completions", prompt=ids, **mine)
+    told = answered["kv_transfer_params"]["truncation"]
+    assert told["reason"] == "ok"
+    # The first 320 tokens were full blocks, and 128 of them are gone.
+    assert told["held_tokens"] >= 320 - 128
+    assert cached_of(answered["usage"]) == told["reused_tokens"] == told["held_tokens"]
+    assert metric(server, "vllm:kvservice_shifted_blocks_total") == told["held_tokens"] // 32 - 1
+    # Without its salt it is an ordinary request, and the answer says why.
+    answered = ask(server, "completions", prompt=ids, kv_transfer_params=mine["kv_transfer_params"])
+    told = answered["kv_transfer_params"]["truncation"]
+    assert told["reason"] == "missing_salt"
+    assert "cache_salt" in told["message"]
+    assert cached_of(answered["usage"]) == 0
 
 
 def conversations_without_a_daemon(server: VllmServer, daemon: DaemonProcess) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import random
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from kvservice.blocks import BlockHash
 from kvservice.errors import CapacityExhausted
 from kvservice.index import NO_OWNER
+from kvservice.store import recovery
 from kvservice.store.arrivals import Landing
 from kvservice.store.truncating import KeepRanges
 from tests.nodes import Node
@@ -171,6 +172,41 @@ def test_truncated_sessions_survive_a_restart_with_all_their_blocks(tmp_path: Pa
             assert await load(node, talk, "other") == 0
             assert len(node.engine.namespace.aliases) == 3 + 4
             node.store.check()
+        await node.stop()
+
+    asyncio.run(run())
+
+
+def test_an_alias_whose_source_stands_elsewhere_is_forgotten_at_the_start(tmp_path: Path) -> None:
+    """Its shift is the difference of two places: with another block at the source's, it would be wrong."""
+
+    async def run() -> None:
+        node = Node(tmp_path / "nvme")
+        await node.start()
+        talk = Conversation("talk")
+        talk.grow(6)
+        await node.engine.save(talk.hashes, session_id="talk")
+        shorter = talk.truncated(0, 3)
+        node.engine.truncate("talk", shorter.hashes, KeepRanges([(3 * TOKENS, 6 * TOKENS)]), source=talk.hashes)
+        await node.stop()
+        await node.start(recover=False)
+        (disk,) = node.store.disks.disks
+        found = disk.volume.recover()
+        assert {alias.block_hash: alias.source_depth - alias.depth for alias in found.aliases} == dict.fromkeys(
+            shorter.hashes, 3
+        )
+        for elsewhere, known in (((), 3), ((2,), 2), ((0,), 0)):
+            wrong = {shorter.hashes[at] for at in elsewhere}
+            aliases = [
+                replace(alias, source_depth=alias.source_depth + 1) if alias.block_hash in wrong else alias
+                for alias in found.aliases
+            ]
+            (restored,) = recovery.restore(
+                node.store.disks, [(disk, replace(found, aliases=aliases))], now_s=0.0, wall_now_s=0.0
+            )
+            index = restored.index
+            assert index.rows_of([BlockHash(one) for one in talk.hashes]).size == 6
+            assert index.rows_of([BlockHash(one) for one in shorter.hashes]).size == known
         await node.stop()
 
     asyncio.run(run())

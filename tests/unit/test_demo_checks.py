@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvservice.demo.checks import Row, compare
+from kvservice.demo.checks import Row, compare, overflow_problems
 from kvservice.demo.protocol import Finished, encode_logits
 
 pytestmark = pytest.mark.unit
@@ -79,3 +79,10 @@ def test_a_truncated_turn_may_say_something_else_but_must_reuse() -> None:
     assert any("nothing was reused after the window overflowed" in problem for problem in row.problems)
     lost = {**cut, "logits_base64": encode_logits(np.full(8, np.nan, dtype=np.float32))}
     assert row_of(dataclasses.replace(RESUMED, **lost)).problems  # type: ignore[arg-type]
+
+
+def test_a_conversation_that_never_outgrew_its_window_shows_nothing() -> None:
+    whole, cut = row_of(RESUMED), row_of(dataclasses.replace(RESUMED, dropped_tokens=64))
+    assert overflow_problems([whole, cut], window_tokens=128) == []
+    (problem,) = overflow_problems([whole, whole], window_tokens=128)
+    assert "2 turns never outgrew its window of 128 tokens" in problem

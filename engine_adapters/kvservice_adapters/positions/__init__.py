@@ -6,6 +6,6 @@ position. Used by every adapter, inside the engine's process; the service itself
 """
 
 from kvservice_adapters.positions.rope import Rope, RopeForm, UnsupportedPositions, rope_of_config
-from kvservice_adapters.positions.rotation import moved
+from kvservice_adapters.positions.rotation import Turn, moved, turn_between
 
-__all__ = ["Rope", "RopeForm", "UnsupportedPositions", "moved", "rope_of_config"]
+__all__ = ["Rope", "RopeForm", "Turn", "UnsupportedPositions", "moved", "rope_of_config", "turn_between"]

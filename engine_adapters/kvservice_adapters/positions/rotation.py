@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from kvservice_adapters.positions.rope import Rope, RopeForm
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The rotation of some tokens' keys, the same in every layer. Made by `turn_between`.
+
+    Attributes:
+        cosine, sine: of the angle of each token and pair of dimensions, float32 [..., tokens, pairs].
+        stays: which tokens do not move, bool [..., tokens].
+    """
+
+    rope: Rope
+    cosine: torch.Tensor
+    sine: torch.Tensor
+    stays: torch.Tensor
+
+    def of(self, keys: torch.Tensor) -> torch.Tensor:
+        """Those tokens' keys where they stand now; see `moved`."""
+        if keys.shape[-1] < self.rope.rotary_dims:
+            raise ValueError(f"heads of {keys.shape[-1]} dimensions, of which {self.rope.rotary_dims} are rotated")
+        if not self.rope.rotates:
+            return keys
+        first, second = _pairs(keys.float(), self.rope)
+        result = keys.clone()
+        new_first, new_second = _pairs(result, self.rope)
+        new_first.copy_(first * self.cosine - second * self.sine)
+        new_second.copy_(second * self.cosine + first * self.sine)
+        if not self.stays.any():
+            return result
+        return torch.where(self.stays[..., None], keys, result)  # 0 * inf and the sign of zero would not survive
+
+
+def turn_between(rope: Rope, *, computed_at: torch.Tensor, now_at: torch.Tensor) -> Turn:
+    """The rotation from one position to another; both int64 [..., tokens], as in `moved`.
+
+    The angle between two positions is taken between the angles that engines use (float32 products of position and
+    frequency, off by up to 2e-3 at position 32,768), so that the result agrees with theirs and not with the ideal.
+    """
+    inverse = torch.tensor(rope.inverse_frequencies, dtype=torch.float32, device=now_at.device)
+    before = computed_at[..., None].float() * inverse
+    after = now_at[..., None].float() * inverse
+    angle = after.double() - before.double()
+    return Turn(rope, angle.cos().float(), angle.sin().float(), computed_at == now_at)
+
+
 def moved(keys: torch.Tensor, rope: Rope, *, computed_at: torch.Tensor, now_at: torch.Tensor) -> torch.Tensor:
     """Keys as the engine itself would have made them at other positions.
 
-    The angle between two positions is taken between the angles that engines use (float32 products of position and
-    frequency, off by up to 2e-3 at position 32,768), so that the result agrees with theirs and not with the ideal. The
-    rotation is made in float32 and rounded once; a token that does not move comes back bit for bit.
+    The rotation is made in float32 and rounded once; a token that does not move comes back bit for bit.
 
     Args:
         keys: [..., tokens, head_dim], any floating dtype and device.
@@ -25,27 +68,7 @@ def moved(keys: torch.Tensor, rope: Rope, *, computed_at: torch.Tensor, now_at: 
     Raises:
         ValueError: the head is smaller than what is rotated.
     """
-    if keys.shape[-1] < rope.rotary_dims:
-        raise ValueError(f"heads of {keys.shape[-1]} dimensions, of which {rope.rotary_dims} are rotated")
-    if not rope.rotates:
-        return keys
-    cosine, sine = _turn(rope, computed_at.to(keys.device), now_at.to(keys.device))
-    first, second = _pairs(keys.float(), rope)
-    result = keys.clone()
-    new_first, new_second = _pairs(result, rope)
-    new_first.copy_(first * cosine - second * sine)
-    new_second.copy_(second * cosine + first * sine)
-    stays = (computed_at == now_at).to(keys.device)
-    return torch.where(stays[..., None], keys, result)  # 0 * inf and the sign of zero would not survive
-
-
-def _turn(rope: Rope, computed_at: torch.Tensor, now_at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of the angle of each token and pair, float32 [..., tokens, pairs]."""
-    inverse = torch.tensor(rope.inverse_frequencies, dtype=torch.float32, device=now_at.device)
-    before = computed_at[..., None].float() * inverse
-    after = now_at[..., None].float() * inverse
-    angle = after.double() - before.double()
-    return angle.cos().float(), angle.sin().float()
+    return turn_between(rope, computed_at=computed_at.to(keys.device), now_at=now_at.to(keys.device)).of(keys)
 
 
 def _pairs(keys: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,8 +74,10 @@ class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
         ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         scheduler = self._scheduler
         if scheduler is not None and len(metadata) == ranks:
-            namespaces = [metadata[place].namespace for place in sorted(metadata)]
-            self._attempt("attach", lambda: scheduler.attach(namespaces), otherwise=None)
+            ranks_metadata = [metadata[place] for place in sorted(metadata)]
+            namespaces = [rank.namespace for rank in ranks_metadata]
+            refusal = next((rank.truncation_refusal for rank in ranks_metadata if rank.truncation_refusal), "")
+            self._attempt("attach", lambda: scheduler.attach(namespaces, truncation_refusal=refusal), otherwise=None)
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The worker's tensors are there: begin."""
@@ -87,7 +89,8 @@ class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_handshake_metadata(self) -> WorkerNamespace | None:
         """This rank's namespace, for the scheduler's half."""
-        return None if self._worker is None else WorkerNamespace(self._worker.namespace)
+        worker = self._worker
+        return None if worker is None else WorkerNamespace(worker.namespace, worker.truncation_refusal)
 
     # -------------------------------------------------------- the scheduler's
 
@@ -146,11 +149,14 @@ class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Whether the engine keeps the blocks until they are saved."""
+        """(whether the engine keeps the blocks until they are saved, what the answer says of a truncation)."""
         half = self._scheduler
         if half is None:
             return False, None
-        return self._attempt("request_finished", lambda: half.request_finished(request), otherwise=False), None
+        nothing: dict[str, Any] | None = None
+        told = self._attempt("truncation_told", lambda: half.truncation_told(request), otherwise=nothing)
+        is_kept = self._attempt("request_finished", lambda: half.request_finished(request), otherwise=False)
+        return is_kept, None if told is None else {"truncation": told}
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The same, for an engine without the hybrid memory allocator."""

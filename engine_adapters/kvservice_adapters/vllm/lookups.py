@@ -7,14 +7,16 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import kvservice_client as kv
 from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.vllm.counters import Counters
+from kvservice_adapters.vllm.truncation import FormerNames
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vllm.kvservice")
+"""Below vLLM's own logger, so that its handlers and levels hold for these lines too."""
 
 _CALL_TIMEOUT_S_MIN = 1.0
 _PROMOTION_POLL_S = 0.01
@@ -26,6 +28,27 @@ _ANSWERS = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
+class KeptHeld:
+    """See Held."""
+
+    blocks: int
+    reason: kv.Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The leading blocks of a truncated request: they may be held under the names they had before the cut.
+
+    Attributes:
+        blocks: how many.
+        formers: those names, the most likely first; called in the thread, because it hashes a conversation.
+    """
+
+    blocks: int
+    formers: Callable[[], Sequence[FormerNames]]
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """The answer to a lookup.
 
@@ -34,12 +57,14 @@ class Held:
         ready_blocks: of these, how many lead in DRAM on every rank.
         asked_blocks: length of the chain that was asked for.
         at_s: when it was given, on the monotonic clock.
+        kept: of a truncated request: how many of the blocks that were kept are held under its names, and why no more.
     """
 
     blocks: int
     ready_blocks: int
     asked_blocks: int
     at_s: float
+    kept: KeptHeld | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -54,6 +79,8 @@ class _Question:
     hashes: Sequence[bytes]
     ends_at_s: float
     is_due: bool
+    kept: Kept | None
+    kept_held: KeptHeld | None = None
     has_prefetched: bool = False
     is_settled: bool = False
     answer: Held | None = None
@@ -91,11 +118,20 @@ class Lookups:
         self._thread = threading.Thread(target=self._run, name="kvservice-lookups", daemon=True)
         self._thread.start()
 
-    def ask(self, request_id: str, session_id: str, hashes: Sequence[bytes], *, is_due: bool = True) -> None:
+    def ask(
+        self,
+        request_id: str,
+        session_id: str,
+        hashes: Sequence[bytes],
+        *,
+        is_due: bool = True,
+        kept: Kept | None = None,
+    ) -> None:
         """Find out in the background; an answer that is there already stays until the new one comes.
 
         Args:
             is_due: the request could start now; otherwise nothing is fetched and waited for.
+            kept: the request is one of a truncated session.
         """
         now_s = self._clock()
         with self._changed:
@@ -106,6 +142,7 @@ class Lookups:
                 hashes,
                 now_s + self._promotion_wait_s,
                 is_due,
+                kept,
                 answer=before.answer if before else None,
             )
             self._questions[request_id] = question
@@ -163,6 +200,8 @@ class Lookups:
             return None
 
     def _find_out(self, question: _Question) -> None:
+        if question.kept is not None and question.kept_held is None:
+            question.kept_held = self._name_kept(question, question.kept)
         blocks = ready = len(question.hashes)
         for client in self._clients:
             found = client.plan_load(
@@ -177,15 +216,49 @@ class Lookups:
                 break
         ready = min(ready, blocks)
         now_s = self._clock()
+        asked, kept = len(question.hashes), question.kept_held
         if ready < blocks and not question.is_due:
-            question.answer, question.is_settled = Held(blocks, ready, len(question.hashes), now_s), True
+            question.answer, question.is_settled = Held(blocks, ready, asked, now_s, kept), True
             return
         if ready < blocks and now_s < question.ends_at_s:
             self._promote(question, blocks, now_s)
-            question.answer = Held(blocks, ready, len(question.hashes), now_s)
+            question.answer = Held(blocks, ready, asked, now_s, kept)
             return
         # What has not come by now is recomputed rather than waited for.
-        question.answer, question.is_settled = Held(ready, ready, len(question.hashes), now_s), True
+        question.answer, question.is_settled = Held(ready, ready, asked, now_s, kept), True
+
+    def _name_kept(self, question: _Question, kept: Kept) -> KeptHeld:
+        """Have every rank's kept blocks named as the request names them."""
+        least = KeptHeld(kept.blocks, kv.Reason.OK)
+        formers: Sequence[FormerNames] | None = None
+        for client in self._clients:
+            hashes = question.hashes[: kept.blocks]
+            planned = client.plan_load(hashes, deadline_s=self._call_timeout_s)
+            held = KeptHeld(planned.held_blocks, planned.reason)
+            if held.blocks < kept.blocks:
+                formers = kept.formers() if formers is None else formers
+                held = max((held, *self._named(client, question, formers)), key=lambda one: one.blocks)
+            least = min(least, held, key=lambda one: one.blocks)
+        return least
+
+    def _named(self, client: kv.Client, question: _Question, formers: Sequence[FormerNames]) -> Iterator[KeptHeld]:
+        for former in formers:
+            try:
+                named = client.truncate(
+                    question.session_id,
+                    question.hashes[: former.blocks],
+                    source=former.hashes,
+                    keep=former.kept,
+                    deadline_s=self._call_timeout_s,
+                )
+            except kv.InvalidRequest as error:
+                # More than the daemon takes in one call or for one session.
+                _log.warning("kvservice: a truncation was refused by the daemon: %s", error)
+                yield KeptHeld(0, kv.Reason.OVER_LIMIT)
+                continue
+            yield KeptHeld(named.held_blocks, named.reason)
+            if named.held_blocks == former.blocks:
+                return
 
     def _promote(self, question: _Question, blocks: int, now_s: float) -> None:
         if not question.has_prefetched:

@@ -27,6 +27,11 @@ class StepOrders(KVConnectorMetadata):
 
 @dataclass
 class WorkerNamespace(KVConnectorHandshakeMetadata):
-    """The namespace of one rank, made from its real tensors."""
+    """The namespace of one rank, made from its real tensors.
+
+    Attributes:
+        truncation_refusal: why this rank cannot turn keys; "": it can.
+    """
 
     namespace: kv.Namespace
+    truncation_refusal: str

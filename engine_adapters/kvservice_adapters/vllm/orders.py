@@ -11,6 +11,7 @@ class LoadOrder:
         hashes: the chain from its root, up to the last block to load.
         first: position in the chain of the first block to load.
         block_ids: the engine's blocks for hashes[first:].
+        is_truncated: of a truncated session: keys may have to be turned.
     """
 
     request_id: str
@@ -18,6 +19,7 @@ class LoadOrder:
     hashes: tuple[bytes, ...]
     first: int
     block_ids: tuple[int, ...]
+    is_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,17 @@ import kvservice_client as kv
 from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.vllm.counters import Counters
 from kvservice_adapters.vllm.hashing import BlockNames
-from kvservice_adapters.vllm.lookups import Lookups
+from kvservice_adapters.vllm.lookups import Kept, Lookups
 from kvservice_adapters.vllm.messages import StepOrders
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
 from kvservice_adapters.vllm.queue import QueueTeller
 from kvservice_adapters.vllm.status import StatusLog
+from kvservice_adapters.vllm.truncation import TruncationOutcome, TruncationRefused, resalt, stated_truncation
 from kvservice_adapters.vllm.waiting import TrackedRequest, WaitingRequests, tags_of
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vllm.kvservice")
+"""Below vLLM's own logger, so that its handlers and levels hold for these lines too."""
 
 _REFRESH_S = 1.0
 """An answer older than this is asked for again, while the old one serves."""
@@ -43,6 +45,7 @@ class SchedulerHalf:
         saves: bool,
     ) -> None:
         self.counters = Counters()
+        self.truncation_refusal = "its worker has not started"
         self.requests = WaitingRequests(by_priority=by_priority)
         self._options = options
         self._names = names
@@ -58,14 +61,16 @@ class SchedulerHalf:
         # Taken whole by the next step's orders; nothing in between may lose one, or the engine waits for ever.
         self._load_orders: list[LoadOrder] = []
         self._retained: list[str] = []
+        self._refusals_told: set[str] = set()
 
     @property
     def is_attached(self) -> bool:
         """Whether a lookup can hit."""
         return bool(self._clients) and all(client.attached for client in self._clients)
 
-    def attach(self, namespaces: Iterable[kv.Namespace]) -> None:
-        """Begin, with one namespace per rank."""
+    def attach(self, namespaces: Iterable[kv.Namespace], *, truncation_refusal: str) -> None:
+        """Begin, with one namespace per rank; why keys cannot be turned, "": they can."""
+        self.truncation_refusal = truncation_refusal
         for namespace in namespaces:
             self._clients.append(
                 kv.attach(
@@ -94,6 +99,8 @@ class SchedulerHalf:
             return  # its input comes in pieces, and may replace what it has generated: no chain to rely on
         session_id, params = tags_of(request)
         tracked = TrackedRequest(request, session_id, params)
+        if "truncation" in params:
+            self._truncate(tracked)
         self._names.extend(request, tracked.hashes)
         self.requests.add(tracked)
         if self._loads and tracked.hashes and not request.skip_reading_prefix_cache:
@@ -106,6 +113,7 @@ class SchedulerHalf:
             return 0, False
         self._names.extend(request, tracked.hashes)
         tracked.local_blocks = computed_tokens // self._tokens_per_block
+        self._reused(tracked, tracked.local_blocks)
         if len(tracked.hashes) <= tracked.local_blocks or request.skip_reading_prefix_cache:
             return 0, False
         held = self._lookups.answer(request.request_id)
@@ -136,9 +144,11 @@ class SchedulerHalf:
         end = first + external_tokens // self._tokens_per_block
         ids = tuple(block_ids[first:end])
         tracked.loading_ids = frozenset(ids)
+        is_truncated = tracked.truncation is not None
         self._load_orders.append(
-            LoadOrder(tracked.request_id, tracked.session_id, tuple(tracked.hashes[:end]), first, ids)
+            LoadOrder(tracked.request_id, tracked.session_id, tuple(tracked.hashes[:end]), first, ids, is_truncated)
         )
+        self._reused(tracked, end)
         self.counters.add("hit_blocks", len(ids))
 
     def abandon_load(self, request_id: str, block_ids: list[int]) -> None:
@@ -192,6 +202,27 @@ class SchedulerHalf:
             if tracked is not None:
                 self._plan_save(orders, tracked, tokens, scheduler_output.kv_connector_block_state)
 
+    def truncation_told(self, request: Any) -> dict[str, Any] | None:
+        """What became of the request's truncation, for the application; None: it said nothing of one."""
+        tracked = self.requests.get(request.request_id)
+        if tracked is None or tracked.truncation_outcome is None:
+            return None
+        outcome = tracked.truncation_outcome
+        held = None if self._lookups is None else self._lookups.answer(tracked.request_id)
+        if tracked.truncation is not None:
+            size = self._tokens_per_block
+            outcome.usable_tokens = min(tracked.truncation.usable_blocks, len(tracked.hashes)) * size
+            if tracked.has_failed_load:
+                outcome.reason = "load_failed"
+            elif held is None or held.kept is None:
+                outcome.reason = "not_looked_up"
+            else:
+                outcome.held_tokens = held.kept.blocks * size
+                # The conversation's last tokens were never computed, as a rule: that they are not held is no fault.
+                is_as_it_should_be = held.kept.reason is kv.Reason.NOT_HELD and held.kept.blocks
+                outcome.reason = "ok" if is_as_it_should_be else held.kept.reason.value
+        return outcome.told()
+
     def request_finished(self, request: Any) -> bool:
         """Whether the engine must keep the request's blocks until the workers have saved them."""
         if self._lookups is not None:
@@ -224,10 +255,54 @@ class SchedulerHalf:
 
     # ---------------------------------------------------------------- privately
 
+    def _truncate(self, tracked: TrackedRequest) -> None:
+        """Take what the request says of its truncation, or note why not. Before its hashes are looked at."""
+        try:
+            truncation = stated_truncation(
+                tracked.request,
+                tracked.params,
+                session_id=tracked.session_id,
+                tokens_per_block=self._tokens_per_block,
+                unsupported=self.truncation_refusal,
+            )
+        except TruncationRefused as refused:
+            tracked.truncation_outcome = TruncationOutcome(refused.reason, str(refused))
+            self.counters.add("refused_truncations", reason=refused.reason)
+            level = logging.DEBUG if refused.reason in self._refusals_told else logging.WARNING
+            self._refusals_told.add(refused.reason)
+            _log.log(level, "kvservice: a truncation was refused (%s): %s", refused.reason, refused)
+            return
+        resalt(tracked.request, truncation.salt)
+        tracked.truncation = truncation
+        tracked.truncation_outcome = TruncationOutcome("ok", truncation.rounding)
+        self.counters.add("truncated_requests")
+
+    def _reused(self, tracked: TrackedRequest, blocks: int) -> None:
+        if tracked.truncation_outcome is not None:
+            tracked.truncation_outcome.reused_tokens = blocks * self._tokens_per_block
+
+    def _kept(self, tracked: TrackedRequest) -> Kept | None:
+        truncation = tracked.truncation
+        if truncation is None:
+            return None
+        blocks = min(truncation.usable_blocks, len(tracked.hashes))
+        return Kept(blocks, lambda: truncation.former_names(tracked.request, self._names_of, blocks_max=blocks))
+
+    def _names_of(self, request: Any) -> list[bytes]:
+        hashes: list[bytes] = []
+        self._names.extend(request, hashes)
+        return hashes
+
     def _ask(self, tracked: TrackedRequest, *, is_due: bool = True) -> None:
         if self._lookups is not None and self.is_attached:
             tracked.asked_at_s = time.monotonic()
-            self._lookups.ask(tracked.request_id, tracked.session_id, tuple(tracked.hashes), is_due=is_due)
+            self._lookups.ask(
+                tracked.request_id,
+                tracked.session_id,
+                tuple(tracked.hashes),
+                is_due=is_due,
+                kept=self._kept(tracked),
+            )
             self.counters.add("lookups")
 
     def _waited(self, tracked: TrackedRequest, limit_s: float) -> tuple[int | None, bool]:

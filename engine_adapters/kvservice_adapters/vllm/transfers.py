@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import kvservice_client as kv
 from kvservice_adapters.vllm.counters import Counters
+from kvservice_adapters.vllm.keys import KeyTurner
 from kvservice_adapters.vllm.layout import BlockMemory, Fence
 from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
 from kvservice_client.outcomes import reason_of
@@ -37,12 +38,20 @@ class Loads:
     """Fills the engine's blocks. `order` and `ended` belong to the engine's thread."""
 
     def __init__(
-        self, client: kv.Client, memory: BlockMemory, counters: Counters, *, threads: int, timeout_s: float
+        self,
+        client: kv.Client,
+        memory: BlockMemory,
+        counters: Counters,
+        *,
+        threads: int,
+        timeout_s: float,
+        keys: KeyTurner | None = None,
     ) -> None:
         self._client = client
         self._memory = memory
         self._counters = counters
         self._timeout_s = timeout_s
+        self._keys = keys
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvservice-load")
         self._lock = threading.Lock()
         self._begun: set[str] = set()
@@ -91,13 +100,21 @@ class Loads:
         if not order.hashes:
             return 0, "not_begun"
         with self._client.get(
-            order.hashes, session_id=order.session_id, request_id=order.request_id, deadline_s=self._timeout_s
+            order.hashes,
+            session_id=order.session_id,
+            request_id=order.request_id,
+            deadline_s=self._timeout_s,
+            accepts_shifts=order.is_truncated and self._keys is not None,
         ) as lease:
             wanted = lease.blocks[order.first :]
             self._memory.write(order.block_ids[: len(wanted)], [view.address for view in wanted])
             # Asked after copying: what was current before and after was these blocks' bytes.
             filled = max(0, lease.valid_prefix() - order.first)
-            return filled, "changed" if filled < len(wanted) else "not_held"
+            shifts = lease.shifts[order.first : order.first + filled]
+        if self._keys is not None:
+            places = range(order.first, order.first + filled)
+            self._counters.add("shifted_blocks", self._keys.turn(order.block_ids[:filled], places, shifts))
+        return filled, "changed" if filled < len(wanted) else "not_held"
 
     def _end(self, order: LoadOrder, *, filled: int, reason: str) -> None:
         missing = order.block_ids[filled:]
@@ -228,7 +245,8 @@ class Saves:
                 with self._put(save, start, end, ends_at_s) as reservation:
                     if reservation.refused:
                         if not is_first_try:
-                            self._counters.add("unsaved_blocks", save.end - start, reason="parent_missing")
+                            reason = reservation.refused_reason.value
+                            self._counters.add("unsaved_blocks", save.end - start, reason=reason)
                             return
                         # A block before these has left the store: save the chain from its root.
                         start, is_first_try = 0, False

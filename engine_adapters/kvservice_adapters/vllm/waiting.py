@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvservice_adapters.vllm.truncation import Truncation, TruncationOutcome
+
 SESSION_LENGTH_MAX = 200
 
 
@@ -26,6 +28,8 @@ class TrackedRequest:
         is_late: its lookup took too long, it is computed.
         loading_ids: the engine's blocks that a load is filling.
         has_failed_load: a load did not deliver; the rest is computed.
+        truncation: how its conversation was cut; None: it was not, or what was said of that was refused.
+        truncation_outcome: what became of that; None: nothing was said.
     """
 
     request: Any
@@ -39,6 +43,8 @@ class TrackedRequest:
     is_late: bool = False
     loading_ids: frozenset[int] = frozenset()
     has_failed_load: bool = False
+    truncation: Truncation | None = None
+    truncation_outcome: TruncationOutcome | None = None
 
     @property
     def request_id(self) -> str:

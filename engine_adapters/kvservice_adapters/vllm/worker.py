@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import kvservice_client as kv
+from kvservice_adapters.positions import UnsupportedPositions
 from kvservice_adapters.vllm.counters import Counters
 from kvservice_adapters.vllm.hashing import namespace_of
 from kvservice_adapters.vllm.layout import block_memory, layout_of
 from kvservice_adapters.vllm.messages import StepOrders
 from kvservice_adapters.vllm.options import AdapterOptions
+from kvservice_adapters.vllm.positions import key_turner_of
 from kvservice_adapters.vllm.status import StatusLog
 from kvservice_adapters.vllm.transfers import Loads, Saves
 from kvservice_client.memory import ThreadedCopier
+
+_log = logging.getLogger("vllm.kvservice")
 
 
 class WorkerHalf:
@@ -46,6 +51,16 @@ class WorkerHalf:
             weights=options.weights_identity,
         )
         self.counters = Counters()
+        self.truncation_refusal = ""
+        keys = None
+        try:
+            keys = key_turner_of(vllm_config, kv_caches, blocks=kv_cache_config.num_blocks)
+        except UnsupportedPositions as refusal:
+            self.truncation_refusal = str(refusal)
+        except Exception as error:  # noqa: BLE001  # a model of a kind that nobody thought of: the rest works for it
+            self.truncation_refusal = f"its positions could not be found out: {type(error).__name__}: {error}"
+        if self.truncation_refusal:
+            _log.info("kvservice worker: truncated conversations are computed again: %s", self.truncation_refusal)
         self._client = kv.attach(
             self.namespace,
             socket_dir=options.socket_dir or None,
@@ -57,7 +72,12 @@ class WorkerHalf:
         self._copier = ThreadedCopier(threads=options.copy_threads)
         memory = block_memory(layout, self._copier)
         self._loads = Loads(
-            self._client, memory, self.counters, threads=options.load_threads, timeout_s=options.load_timeout_s
+            self._client,
+            memory,
+            self.counters,
+            threads=options.load_threads,
+            timeout_s=options.load_timeout_s,
+            keys=keys,
         )
         self._saves = Saves(
             self._client,

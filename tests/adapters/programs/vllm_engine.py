@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # What engine and worker print goes where a test shows it; the answers do not mix with it.
@@ -22,12 +23,17 @@ _answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
 
 import grpc  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm._custom_ops import cpu_attn_reshape_and_cache  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.model_executor.models import ModelRegistry  # noqa: E402
 
 from kvservice_adapters.vllm.counters import Counters  # noqa: E402
+from kvservice_adapters.vllm.keys import places_written  # noqa: E402
 
 _SETTLE_S = 20.0
 
@@ -54,6 +60,8 @@ class Engine:
         self._preempted = 0
         self._counts: Counter[str] = Counter()
         self._faults: list[tuple[Any, str, Any]] = []
+        self._blocks: dict[int, int] = {}
+        """Of the last request that was alone: the engine's block at each place that was loaded or saved."""
         self._count()
 
     # -------------------------------------------------------------------- life
@@ -61,12 +69,15 @@ class Engine:
     def open(self, **arguments: Any) -> None:
         """Start an engine; the one before it must be closed."""
         assert self._llm is None, "one engine at a time"
+        _inspect_here(arguments["model"])
         self._llm = LLM(**arguments)
         self._scheduled.clear()
         self._counts.clear()
         self._preempted = 0
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
             self._watch_scheduler()
+            if "kv_transfer_config" in arguments and self._worker() is not None:
+                self._watch_blocks()
 
     def close(self) -> None:
         """End the engine, as a restart would."""
@@ -91,6 +102,7 @@ class Engine:
         """Greedy tokens of each prompt, all at once."""
         assert self._llm is not None
         self._scheduled.clear()
+        self._blocks.clear()
         salt = {"cache_salt": cache_salt} if cache_salt else {}
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt, **salt} for prompt in prompts],
@@ -104,6 +116,7 @@ class Engine:
                 "tokens": list(output.outputs[0].token_ids),
                 "finish_reason": output.outputs[0].finish_reason,
                 "cached": output.num_cached_tokens,
+                "told": output.kv_transfer_params,
                 # Every generated token but the last goes through the model once.
                 "computed": self._computed(output.request_id) - (tokens - 1),
             }
@@ -180,6 +193,10 @@ class Engine:
 
         self._replace(memory, "write", zeroing)
 
+    def leave_keys(self) -> None:
+        """Loaded keys are not turned from now on, though their blocks count as loaded."""
+        self._replace(self._worker()._loads._keys, "_turn", lambda *_: None)
+
     def heal(self) -> None:
         """End every fault."""
         while self._faults:
@@ -208,6 +225,43 @@ class Engine:
         """How worker and scheduler stand with the daemon."""
         clients = (self._worker()._client, *self._connector()._scheduler._clients)
         return [client.status.value for client in clients]
+
+    def keys(self, path: str) -> list[int]:
+        """The keys of the last request's loaded and saved blocks, into a file; their places in the request.
+
+        Read by a formula of the test's own: the CPU backend's vector code keeps a head's keys transposed in the first
+        half of its part of a block. float32 [layers, blocks, kv_heads, tokens, head_dim].
+        """
+        places = sorted(self._blocks)
+        ids = torch.tensor([self._blocks[place] for place in places])
+        keys = []
+        for name, tensor in self._caches().items():
+            head_dim = self._context()[name].head_size
+            blocks, heads, tokens, _ = tensor.shape
+            transposed = tensor.view(blocks, heads, 2, head_dim, tokens)[ids, :, 0]
+            keys.append(transposed.transpose(-1, -2).float())
+        np.save(path, torch.stack(keys).numpy())
+        return places
+
+    def key_places(self, isa: str, dtype: str, tokens: int, head_dim: int) -> list[list[int]]:
+        """Where vLLM's kernel for an instruction set puts each dimension of each token's key, as the adapter finds."""
+
+        def write(keys: torch.Tensor, cache: torch.Tensor) -> None:
+            halves = cache.view(1, 1, 2 * tokens, head_dim).chunk(2, dim=2)
+            cpu_attn_reshape_and_cache(keys, torch.zeros_like(keys), *halves, torch.arange(tokens), isa)
+
+        found = places_written(write, tokens=tokens, head_dim=head_dim, dtype=getattr(torch, dtype))
+        places: list[list[int]] = found.tolist()
+        return places
+
+    def rope(self) -> tuple[str, int]:
+        """How the adapter turns keys: in which pairs, and how many dimensions of a head."""
+        rope = self._worker()._loads._keys._rope
+        return rope.form.name, rope.rotary_dims
+
+    def refusal(self) -> str:
+        """Why the adapter does not turn keys of this model."""
+        return str(self._connector()._scheduler.truncation_refusal)
 
     def namespace(self) -> dict[str, Any]:
         """The worker's."""
@@ -255,6 +309,27 @@ class Engine:
         # The engine's own ids carry a suffix.
         return sum(count for name, count in self._scheduled.items() if name.split("-")[0] == request_id)
 
+    def _context(self) -> Any:
+        return self._engine().vllm_config.compilation_config.static_forward_context
+
+    def _caches(self) -> dict[str, torch.Tensor]:
+        return {name: layer.kv_cache for name, layer in self._context().items() if hasattr(layer, "kv_cache")}
+
+    def _watch_blocks(self) -> None:
+        worker = self._worker()
+        save, load = worker._saves.order, worker._loads.order
+
+        def saving(orders: Any) -> None:
+            for order in orders:
+                self._blocks.update(enumerate(order.block_ids, order.first))
+            save(orders)
+
+        def loading(order: Any) -> None:
+            self._blocks.update(enumerate(order.block_ids, order.first))
+            load(order)
+
+        worker._saves.order, worker._loads.order = saving, loading
+
     def _watch_scheduler(self) -> None:
         scheduler = self._scheduler()
         schedule = scheduler.schedule
@@ -276,6 +351,13 @@ class Engine:
             add(counters, name, amount, reason=reason)
 
         Counters.add = counting  # type: ignore[assignment,method-assign]
+
+
+def _inspect_here(model: str) -> None:
+    """Have vLLM look at the model's class in this process: it would start another, of 10 s, for every class once."""
+    for name in json.loads((Path(model) / "config.json").read_text())["architectures"]:
+        known = ModelRegistry.models[name]
+        ModelRegistry.register_model(name, known.load_model_cls())
 
 
 def main() -> None:
