@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
 SINKS, STEP, WINDOW = TOKENS_PER_BLOCK, 5 * TOKENS_PER_BLOCK, 11 * TOKENS_PER_BLOCK
 TURN_TOKENS = 40
 Keep = list[list[int]]
+
+
+@pytest.fixture
+def engine(vllm_process: VllmEngine, model_dir: Path, served_daemon: DaemonProcess) -> Iterator[VllmEngine]:
+    """An attached engine that these tests share: each has conversations of its own, and leaves the engine empty."""
+    if vllm_process.opened != "for truncated conversations":
+        vllm_process.close()
+        vllm_process.open_attached(model_dir, served_daemon)
+        vllm_process.opened = "for truncated conversations"
+    yield vllm_process
+    vllm_process.do("heal")
+    vllm_process.do("settle")
+    vllm_process.do("drop_cache")
 
 
 @dataclass
@@ -100,10 +114,10 @@ def rotated(keys: torch.Tensor, shift_tokens: int) -> torch.Tensor:
     return torch.cat(turned, dim=-1).float()
 
 
-def test_a_conversation_that_outgrows_its_window_computes_only_what_is_new(served: VllmEngine) -> None:
+def test_a_conversation_that_outgrows_its_window_computes_only_what_is_new(engine: VllmEngine) -> None:
     talk, dropped = Talk("talk", "talk"), set()
     for turn in range(14):
-        outcome = talk.turn(served)
+        outcome = talk.turn(engine)
         # The last token of the last answer was never computed.
         assert outcome["computed"] <= TURN_TOKENS + 1 + TOKENS_PER_BLOCK, f"turn {turn}"
         if talk.dropped:
@@ -113,21 +127,21 @@ def test_a_conversation_that_outgrows_its_window_computes_only_what_is_new(serve
             assert told["reused_tokens"] == len(talk.prompt) - ANSWER_TOKENS - outcome["computed"]
         dropped.add(talk.dropped)
     assert len(dropped) >= 4, "the window overflowed again and again"
-    counts = served.do("counts")
+    counts = engine.do("counts")
     assert counts["truncated_requests"] == 1, "counts begin anew with every turn"
     assert not [name for name in counts if name.startswith(("unloaded_blocks:c", "hook_errors", "refused"))]
 
 
-def test_loaded_keys_stand_where_their_tokens_stand_now(served: VllmEngine, tmp_path: Path) -> None:
+def test_loaded_keys_stand_where_their_tokens_stand_now(engine: VllmEngine, tmp_path: Path) -> None:
     step = 3 * TOKENS_PER_BLOCK
-    talk = overflown(served, "keys", step=step)
-    original = keys_of(served, tmp_path)
+    talk = overflown(engine, "keys", step=step)
+    original = keys_of(engine, tmp_path)
     held = original.shape[2]
     for cuts in (1, 2):
         while talk.dropped < cuts * step:
-            talk.turn(served)
+            talk.turn(engine)
         moved = cuts * step
-        now = keys_of(served, tmp_path)
+        now = keys_of(engine, tmp_path)
         assert torch.equal(now[:, :, :SINKS], original[:, :, :SINKS]), "sinks do not move: bit for bit"
         kept = original[:, :, SINKS + moved :]
         loaded = now[:, :, SINKS : held - moved]
@@ -140,11 +154,11 @@ def test_loaded_keys_stand_where_their_tokens_stand_now(served: VllmEngine, tmp_
 
 
 @torch.inference_mode()
-def test_the_answer_is_that_of_the_kept_cache_at_its_old_positions(served: VllmEngine, model: PreTrainedModel) -> None:
+def test_the_answer_is_that_of_the_kept_cache_at_its_old_positions(engine: VllmEngine, model: PreTrainedModel) -> None:
     """Rotary positions are relative: a cache that was only cut, run on where it stands, must say the same."""
-    talk = overflown(served, "answer", sinks=0)
+    talk = overflown(engine, "answer", sinks=0)
     before = list(talk.tokens)
-    outcome = talk.turn(served)
+    outcome = talk.turn(engine)
     whole, cut = DynamicCache(config=model.config), DynamicCache(config=model.config)
     model(input_ids=torch.tensor([before]), past_key_values=whole, use_cache=True)
     end = (len(before) - 1) // TOKENS_PER_BLOCK * TOKENS_PER_BLOCK
@@ -159,43 +173,43 @@ def test_the_answer_is_that_of_the_kept_cache_at_its_old_positions(served: VllmE
         expected.append(int(ids))
     assert outcome["tokens"] == expected
     # And not that of anything: with keys that are left where they were the answer is another one.
-    control = overflown(served, "control", seed="answer", sinks=0)
+    control = overflown(engine, "control", seed="answer", sinks=0)
     assert control.tokens == before
-    served.do("leave_keys")
-    spoilt = control.turn(served)
+    engine.do("leave_keys")
+    spoilt = control.turn(engine)
     assert spoilt["computed"] == outcome["computed"]
     assert spoilt["tokens"] != expected
 
 
 @pytest.mark.parametrize("engine_forgets", [False, True], ids=["engine's own cache", "store"])
-def test_nobody_else_is_served_what_a_truncated_session_computed(served: VllmEngine, engine_forgets: bool) -> None:
-    talk = overflown(served, f"mine {engine_forgets}")
+def test_nobody_else_is_served_what_a_truncated_session_computed(engine: VllmEngine, engine_forgets: bool) -> None:
+    talk = overflown(engine, f"mine {engine_forgets}")
     for _ in range(2):
-        talk.turn(served)
+        talk.turn(engine)
     ids, salt = talk.prompt, talk.salt
     session = {"session_id": talk.name}
     # What begins both, the sinks, is the conversation's own under its own salt.
     for cache_salt, params, shared in (("", {}, 0), ("another", session, 0), (salt, session, SINKS)):
         if engine_forgets:
-            served.do("drop_cache")
-        outcome = answer(served, ids, cache_salt=cache_salt, params=params)
+            engine.do("drop_cache")
+        outcome = answer(engine, ids, cache_salt=cache_salt, params=params)
         assert (outcome["computed"], outcome["told"]) == (len(ids) - shared, None), cache_salt
     # The same tokens, kept of another conversation: only the sinks are the same, with all that was before them.
     talk.tokens[SINKS : SINKS + STEP] = prompt("another past", tokens=STEP)
     assert talk.prompt == ids
     if engine_forgets:
-        served.do("drop_cache")
-    outcome = answer(served, ids, cache_salt=salt, params=talk.said())
+        engine.do("drop_cache")
+    outcome = answer(engine, ids, cache_salt=salt, params=talk.said())
     assert outcome["computed"] == len(ids) - SINKS
     assert outcome["told"]["truncation"]["held_tokens"] == SINKS
 
 
-def test_another_session_shares_only_what_was_computed_before_the_cut(served: VllmEngine) -> None:
-    talk = overflown(served, "first")
+def test_another_session_shares_only_what_was_computed_before_the_cut(engine: VllmEngine) -> None:
+    talk = overflown(engine, "first")
     for _ in range(2):
-        talk.turn(served)
-    served.do("drop_cache")
-    outcome = answer(served, talk.prompt, cache_salt=talk.salt, params=talk.said() | {"session_id": "second"})
+        talk.turn(engine)
+    engine.do("drop_cache")
+    outcome = answer(engine, talk.prompt, cache_salt=talk.salt, params=talk.said() | {"session_id": "second"})
     assert outcome["computed"] == len(talk.prompt) - (
         WINDOW // TOKENS_PER_BLOCK * TOKENS_PER_BLOCK - TOKENS_PER_BLOCK - STEP
     )
@@ -218,37 +232,37 @@ REFUSALS: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
-def test_what_cannot_be_right_is_refused_with_the_reason_and_computed(served: VllmEngine) -> None:
-    talk = overflown(served, "refused")
+def test_what_cannot_be_right_is_refused_with_the_reason_and_computed(engine: VllmEngine) -> None:
+    talk = overflown(engine, "refused")
     talk.dropped = STEP
     asked = {reason: 0 for reason, *_ in REFUSALS}
     for reason, change, salt, message in REFUSALS:
         ids = [*talk.prompt, *prompt(message, tokens=8)]
         said = talk.said(**{name: value for name, value in change.items() if name in {"keep", "kept_before"}})
         said |= {name: value for name, value in change.items() if name in {"session_id", "truncation"}}
-        outcome = answer(served, ids, cache_salt=f"{salt} {message}" if salt else "", params=said)
+        outcome = answer(engine, ids, cache_salt=f"{salt} {message}" if salt else "", params=said)
         told = outcome["told"]["truncation"]
         assert told["reason"] == reason
         assert message in told["message"]
         assert outcome["computed"] == len(ids)
         asked[reason] += 1
-    counts = served.do("counts")
+    counts = engine.do("counts")
     assert {reason: counts[f"refused_truncations:{reason}"] for reason in asked} == asked
 
 
-def test_a_cut_that_is_not_between_blocks_is_rounded_to_what_is_and_told(served: VllmEngine) -> None:
-    talk = overflown(served, "misaligned")
+def test_a_cut_that_is_not_between_blocks_is_rounded_to_what_is_and_told(engine: VllmEngine) -> None:
+    talk = overflown(engine, "misaligned")
     talk.tokens += prompt("misaligned", tokens=TURN_TOKENS)
     talk.dropped = STEP + 5
-    served.do("drop_cache")
-    outcome = answer(served, talk.prompt, cache_salt=talk.salt, params=talk.said())
+    engine.do("drop_cache")
+    outcome = answer(engine, talk.prompt, cache_salt=talk.salt, params=talk.said())
     told = outcome["told"]["truncation"]
     assert (told["usable_tokens"], told["held_tokens"], outcome["computed"]) == (SINKS, SINKS, len(talk.prompt) - SINKS)
     assert "token 197 of the conversation is token 32 of the prompt: both must be multiples of 32" in told["message"]
     # An unknown session has nothing: a miss.
     talk.dropped = STEP
-    served.do("drop_cache")
-    outcome = answer(served, talk.prompt, cache_salt="nobody's", params=talk.said() | {"session_id": "nobody"})
+    engine.do("drop_cache")
+    outcome = answer(engine, talk.prompt, cache_salt="nobody's", params=talk.said() | {"session_id": "nobody"})
     assert outcome["computed"] == len(talk.prompt)
     assert outcome["told"]["truncation"]["reason"] == "not_held"
 

@@ -214,6 +214,8 @@ class SchedulerHalf:
             outcome.usable_tokens = min(tracked.truncation.usable_blocks, len(tracked.hashes)) * size
             if tracked.has_failed_load:
                 outcome.reason = "load_failed"
+            elif tracked.is_late:
+                outcome.reason = "late"
             elif held is None or held.kept is None:
                 outcome.reason = "not_looked_up"
             else:
@@ -266,7 +268,7 @@ class SchedulerHalf:
                 unsupported=self.truncation_refusal,
             )
         except TruncationRefused as refused:
-            tracked.truncation_outcome = TruncationOutcome(refused.reason, str(refused))
+            tracked.truncation_outcome = TruncationOutcome(refused.reason, str(refused), self._tokens_per_block)
             self.counters.add("refused_truncations", reason=refused.reason)
             level = logging.DEBUG if refused.reason in self._refusals_told else logging.WARNING
             self._refusals_told.add(refused.reason)
@@ -274,7 +276,7 @@ class SchedulerHalf:
             return
         resalt(tracked.request, truncation.salt)
         tracked.truncation = truncation
-        tracked.truncation_outcome = TruncationOutcome("ok", truncation.rounding)
+        tracked.truncation_outcome = TruncationOutcome("ok", truncation.rounding, self._tokens_per_block)
         self.counters.add("truncated_requests")
 
     def _reused(self, tracked: TrackedRequest, blocks: int) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 KEPT_RANGES_MAX = 64
@@ -155,15 +155,18 @@ class TruncationOutcome:
 
     Attributes:
         reason: "ok", why it was refused, or why not every kept block was there.
-        held_tokens: of the kept ones, those that the store had.
+        message: why it was refused, or rounded.
+        usable_tokens: of the kept ones, those in whole blocks; what is new may be among them.
+        held_tokens: of these, those that the store had.
+        reused_tokens: of the prompt, those that were not computed.
     """
 
     reason: str
-    message: str = ""
+    message: str
+    tokens_per_block: int
     usable_tokens: int = 0
     held_tokens: int = 0
     reused_tokens: int = 0
-    tokens_per_block: int = field(default=0)
 
     def told(self) -> dict[str, Any]:
         """As kv_transfer_params of the answer."""
