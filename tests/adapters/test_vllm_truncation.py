@@ -221,7 +221,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str, str]] = [
     ("missing_session", {"session_id": ""}, "salt", "name it with session_id"),
     ("bad_request", {"truncation": "half of it"}, "salt", "is a mapping"),
     ("bad_request", {"truncation": {"keep": [[0, 32]]}}, "salt", "conversation"),
-    ("bad_request", {"truncation": {"conversation": [1, -2], "keep": [[0, 1]]}}, "salt", "token ids"),
+    ("bad_request", {"truncation": {"conversation": [1, -2], "keep": [[0, 1]]}}, "salt", "no token id"),
     ("bad_request", {"keep": [[192, 500]]}, "salt", "inside"),
     ("bad_request", {"keep": [[192, 300], [100, 352]]}, "salt", "behind 300"),
     ("bad_request", {"keep": [[-1, 300]]}, "salt", "behind 0"),

@@ -24,6 +24,7 @@ from typing import Any
 KEPT_RANGES_MAX = 64
 CONVERSATION_TOKENS_MAX = 1 << 20
 _SALT_TAG = b"kvservice vllm truncation 1\n"
+_TOKEN = "I"  # 32 bits, unsigned
 _KNOWN = frozenset({"conversation", "keep", "kept_before"})
 
 Ranges = tuple[tuple[int, int], ...]
@@ -58,7 +59,7 @@ class View:
 
     def tokens(self, conversation: Sequence[int]) -> list[int]:
         """What a request has of the conversation."""
-        return [token for start, end in self._open for token in conversation[start:end]]
+        return _joined(conversation, self._open)
 
     def place_of(self, start: int, end: int) -> int | None:
         """Where these tokens of the conversation begin in `tokens`; None: not all of them, one after the other."""
@@ -77,7 +78,7 @@ class View:
         for text in (session_id, cache_salt, repr(self.dropped)):
             encoded = text.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        digest.update(array("q", conversation[: self.keep[-1][0]]).tobytes())
+        digest.update(array(_TOKEN, conversation[: self.keep[-1][0]]).tobytes())
         return f"kvservice-truncated:{digest.hexdigest()}"
 
 
@@ -207,7 +208,7 @@ def stated_truncation(
     if not view.dropped:
         raise TruncationRefused("nothing_dropped", f"keep {list(view.keep)} leaves nothing out")
     before = View(_ranges("kept_before", stated.get("kept_before", [[0, len(conversation)]]), len(conversation)))
-    kept = [token for start, end in view.keep for token in conversation[start:end]]
+    kept = _joined(conversation, view.keep)
     if list(request.prompt_token_ids[: len(kept)]) != kept:
         raise TruncationRefused(
             "tokens_differ", f"the prompt does not begin with the {len(kept)} tokens that keep names"
@@ -236,12 +237,20 @@ def resalt(request: Any, cache_salt: str) -> None:
     request.block_hashes[:] = hashes
 
 
-def _conversation(stated: Any) -> list[int]:
+def _conversation(stated: Any) -> Sequence[int]:
     if not isinstance(stated, list) or not 0 < len(stated) <= CONVERSATION_TOKENS_MAX:
         raise TruncationRefused("bad_request", f"conversation is a list of 1 to {CONVERSATION_TOKENS_MAX} token ids")
-    if not all(type(token) is int and 0 <= token < 1 << 32 for token in stated):
-        raise TruncationRefused("bad_request", "conversation holds token ids, whole numbers from 0 to 2**32 - 1")
-    return stated
+    try:
+        return array(_TOKEN, stated)  # a loop over a million tokens would hold the scheduler up
+    except (TypeError, OverflowError) as error:
+        raise TruncationRefused("bad_request", f"conversation holds what is no token id: {error}") from error
+
+
+def _joined(conversation: Sequence[int], ranges: Ranges) -> list[int]:
+    tokens: list[int] = []
+    for start, end in ranges:
+        tokens += conversation[start:end]
+    return tokens
 
 
 def _ranges(name: str, stated: Any, length: int) -> Ranges:
