@@ -165,6 +165,35 @@ def asked(*clients: Answers, promotion_wait_s: float = 5.0, is_due: bool = True)
     return held
 
 
+class Late(Answers):
+    """A client whose answer comes when the test says so."""
+
+    def __init__(self, *answers: tuple[int, int]) -> None:
+        super().__init__(*answers)
+        self.may_answer = threading.Event()
+
+    def plan_load(self, hashes: Sequence[bytes], *, prefill_tokens_per_s: float, deadline_s: float) -> kv.LoadPlan:
+        assert self.may_answer.wait(60)
+        return super().plan_load(hashes, prefill_tokens_per_s=prefill_tokens_per_s, deadline_s=deadline_s)
+
+
+def test_an_idle_engine_waits_for_an_answer_and_for_nothing_else() -> None:
+    client = Late((9, 9))
+    lookups = Lookups([client], Counters(), speed=PrefillSpeed(), lookup_wait_s=1.0, promotion_wait_s=5.0)  # type: ignore[list-item]
+    lookups.wait_for_any(timeout_s=1000)  # nobody asked
+    lookups.ask("r", "", chain("c", 9))
+    lookups.wait_for_any(timeout_s=0.001)  # the time is over
+    assert lookups.is_pending("r")
+    waiting = threading.Thread(target=lookups.wait_for_any, args=(1000,))
+    waiting.start()
+    client.may_answer.set()
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()
+    assert lookups.answer("r") is not None
+    lookups.wait_for_any(timeout_s=1000)  # it is there
+    lookups.stop()
+
+
 def test_a_chain_is_held_as_far_as_every_rank_holds_it() -> None:
     held = asked(Answers((7, 7)), Answers((5, 5)), Answers((9, 9)))
     assert (held.blocks, held.ready_blocks, held.asked_blocks) == (5, 5, 9)

@@ -159,6 +159,12 @@ class Lookups:
         question = self._questions.get(request_id)
         return question is not None and not question.is_settled
 
+    def wait_for_any(self, timeout_s: float) -> None:
+        """Wait until an answer comes, if one is on its way, or the time is over: what else is there to do?"""
+        with self._changed:
+            if any(not question.is_settled for question in self._questions.values()):
+                self._changed.wait(timeout_s)
+
     def forget(self, request_id: str) -> None:
         """Nobody wants to know any more."""
         with self._changed:
@@ -183,6 +189,8 @@ class Lookups:
                 _log.exception("a lookup failed in an unexpected way")
                 self._counters.add("hook_errors", reason=type(error).__name__)
                 question.answer, question.is_settled = Held(0, 0, len(question.hashes), self._clock()), True
+            with self._changed:
+                self._changed.notify_all()
 
     def _next(self) -> _Question | None:
         with self._changed:

@@ -27,6 +27,7 @@ from kvservice_adapters.vllm.waiting import TrackedRequest, WaitingRequests, tag
 _log = logging.getLogger("vllm.kvservice")
 """Below vLLM's own logger, so that its handlers and levels hold for these lines too."""
 
+_IDLE_STEP_S = 0.001
 _REFRESH_S = 1.0
 """An answer older than this is asked for again, while the old one serves."""
 
@@ -181,6 +182,10 @@ class SchedulerHalf:
     def step_began(self, scheduler_output: Any) -> None:
         """The engine has chosen what runs next: tell the daemon who waits."""
         self._step = scheduler_output.total_num_scheduled_tokens, time.monotonic()
+        if self._lookups is not None and scheduler_output.total_num_scheduled_tokens == 0:
+            # Nothing runs but requests that wait for their lookups. An engine that goes round without a pause takes
+            # processor and interpreter from the thread that asks.
+            self._lookups.wait_for_any(_IDLE_STEP_S)
         if self._queue is not None:
             self._queue.tell(self.requests.in_order() if self._loads else (), self.requests)
 
