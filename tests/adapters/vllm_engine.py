@@ -14,13 +14,19 @@ from tests.commands import CommandedProcess
 from tests.daemons import DaemonProcess
 
 _PROGRAM = Path(__file__).parent / "programs" / "vllm_engine.py"
-_ANSWER_S = 60.0
+_ANSWER_S = 120.0
 
 TOKENS_PER_BLOCK = 32
 """The smallest block of vLLM's CPU backend."""
 
 
-PATIENT: dict[str, Any] = {"lookup_wait_s": 10.0, "promotion_wait_s": 20.0, "attach_wait_s": 20.0}
+PATIENT: dict[str, Any] = {
+    "lookup_wait_s": 30.0,
+    "promotion_wait_s": 30.0,
+    "attach_wait_s": 30.0,
+    "load_timeout_s": 60.0,
+    "save_timeout_s": 60.0,
+}
 """Options of the adapter with which a busy machine does not decide whether a block is reused."""
 
 
