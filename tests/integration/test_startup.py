@@ -12,7 +12,7 @@ import pytest
 
 from tests.blocks import namespace
 from tests.connections import control_socket_path, memory_socket_path
-from tests.daemons import SMALL, DaemonProcess, environment, serve_command
+from tests.daemons import MIB, SMALL, DaemonProcess, environment, serve_command
 from tests.integration.conftest import MakeConnection, MakeDaemon, MakeEngine
 from tests.waiting import DEADLINE_S, eventually
 
@@ -89,6 +89,21 @@ def test_a_limit_of_open_files_too_low_for_anything(short_path: Path) -> None:
     assert ran.returncode == 1
     assert "this process may open 32 files and needs 64 at least; raise the limit (ulimit -n" in ran.stderr
     assert not list(short_path.iterdir())
+
+
+def test_closed_standard_streams_do_not_become_files_of_the_disk(short_path: Path, make_engine: MakeEngine) -> None:
+    directory = short_path / "daemon"
+    knobs = SMALL | {"nvme_dirs": short_path / "nvme", "nvme_bytes": 64 * MIB}
+    command = ["/bin/sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *serve_command(directory, knobs)]
+    with subprocess.Popen(command, env=environment()) as running:
+        try:
+            eventually(lambda: (directory / "control.sock").exists() or running.poll() is not None)
+            assert make_engine(str(directory)).do("save", name="a", blocks=1)["saved"] == 1
+            assert {os.readlink(f"/proc/{running.pid}/fd/{number}") for number in range(3)} == {os.devnull}
+            running.terminate()
+            assert running.wait(DEADLINE_S) == 0
+        finally:
+            running.kill()
 
 
 def test_more_memory_than_there_is_is_warned_of(make_daemon: MakeDaemon) -> None:
