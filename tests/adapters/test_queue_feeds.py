@@ -103,8 +103,7 @@ def test_the_serving_loop_computes_what_the_disk_would_bring_later(
         computed = served(loop)
         assert loop.drain(TIMEOUT_S) is DrainOutcome.DRAINED
         restart(slow_disk)
-        eventually(lambda: adapter.attached)
-        adapter.load(prompt(0))  # measures the disk
+        eventually(lambda: adapter.load(prompt(0)).reused_tokens == 288)  # which measures the disk
         for _ in range(50):
             adapter.prefilled(tokens=10_000, seconds=0.01)
         tracked = adapter.track(prompt(1))

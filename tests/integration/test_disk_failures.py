@@ -12,6 +12,7 @@ import pytest
 
 import kvservice_client as kv
 from tests.blocks import chain, namespace
+from tests.clients import wait_served
 from tests.daemons import DaemonProcess
 from tests.integration.conftest import MakeClient, MakeDaemon
 from tests.integration.test_nvme_restart import BLOCK_BYTES, BLOCKS, knobs, load, recovered, save
@@ -99,7 +100,7 @@ def test_a_directory_that_is_deleted_and_made_again_is_used_again(
     daemon.kill()
     daemon.restart()
     recovered(daemon)
-    eventually(lambda: client.attached)
+    wait_served(client)
     assert load(client, "new") == BLOCKS
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.blocks import chain, contents, namespace
+from tests.clients import wait_served
 from tests.integration.conftest import MakeClient, MakeDaemon
 from tests.integration.test_nvme_restart import BLOCK_BYTES, BLOCKS, knobs, load, recovered, save
 from tests.waiting import eventually
@@ -35,7 +36,7 @@ def test_what_was_forgotten_does_not_come_back_even_after_kill_9_right_behind_th
     assert payload_is_on_disk(short_path, "c1"), "or this test would prove nothing"
     daemon.restart()
     assert recovered(daemon) == 4 * BLOCKS
-    eventually(lambda: client.attached)
+    wait_served(client)
     assert load(client, "c1") == BLOCKS  # in both tiers again; c0 on NVMe only
     dropped = 0
     for number in range(2):
@@ -44,7 +45,7 @@ def test_what_was_forgotten_does_not_come_back_even_after_kill_9_right_behind_th
     assert dropped == (4 if whole else 2) * BLOCKS
     daemon.restart()
     assert recovered(daemon) == (0 if whole else 2 * BLOCKS)
-    eventually(lambda: client.attached)
+    wait_served(client)
     assert [load(client, f"c{number}") for number in range(4)] == ([0] * 4 if whole else [0, 0, BLOCKS, BLOCKS])
 
 
@@ -71,7 +72,7 @@ def test_time_to_live_and_quota_by_label_hold_across_restarts_and_explain_says_s
     assert daemon.stop() == 0
     daemon.restart()
     assert recovered(daemon) <= BLOCKS
-    eventually(lambda: small.attached and brief.attached)
+    wait_served(small, brief)
     assert brief.lookup(chain("gone", BLOCKS)).blocks == 0
     found = [small.lookup(chain(f"c{number}", BLOCKS)).blocks for number in range(3)]
     assert found == [0, 0, BLOCKS], "the quota has room for the newest chain"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.blocks import chain, namespace
+from tests.clients import wait_served
 from tests.daemons import environment
 from tests.integration.conftest import MakeClient, MakeDaemon
 from tests.integration.test_nvme_restart import BLOCK_BYTES, BLOCKS, knobs, load, recovered, save
@@ -29,7 +30,7 @@ def test_hits_by_tier_and_misses_add_up_to_what_was_requested(
     daemon.stop()
     daemon.restart()
     recovered(daemon)
-    eventually(lambda: client.attached)
+    wait_served(client)
     for name in ("c0", "c0", "c1", "nobody saved this"):
         load(client, name)
     asked = 4 * BLOCKS
@@ -72,7 +73,7 @@ def test_a_directory_tells_what_moved_how_worn_it_is_and_who_waits(
     daemon.stop()
     daemon.restart()
     recovered(daemon)
-    eventually(lambda: client.attached)
+    wait_served(client)
     load(client, "c0")
     (disk,) = client.stats().tiers[1].disks
     assert (disk.read_bytes, disk.admitted_bytes) == (BLOCKS * BLOCK_BYTES, 0)

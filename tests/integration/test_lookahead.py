@@ -8,6 +8,7 @@ import pytest
 
 import kvservice_client as kv
 from tests.blocks import chain, contents, namespace
+from tests.clients import wait_served
 from tests.daemons import DaemonProcess
 from tests.integration.conftest import MakeClient, MakeDaemon
 from tests.waiting import eventually
@@ -175,7 +176,7 @@ def test_a_new_daemon_is_told_the_whole_queue(on_nvme: DaemonProcess, client: kv
     eventually(lambda: on_nvme.series("kvservice_queued_requests") == 2)
     on_nvme.kill()
     on_nvme.restart()
-    eventually(lambda: client.attached)
+    wait_served(client)
     client.update_queue(queue("b"), started=["request a"])
     eventually(lambda: on_nvme.series("kvservice_queued_requests") == 1)
     eventually(lambda: is_in_dram(client, "b"))

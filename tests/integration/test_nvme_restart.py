@@ -14,9 +14,9 @@ import pytest
 
 import kvservice_client as kv
 from tests.blocks import chain, contents, namespace
+from tests.clients import wait_served
 from tests.daemons import DaemonProcess, environment, serve_command
 from tests.integration.conftest import MakeClient, MakeDaemon
-from tests.waiting import eventually
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
@@ -70,7 +70,7 @@ def test_a_drained_daemon_finds_everything_again(
     assert daemon.stop() == 0
     daemon.restart()
     assert recovered(daemon) == 40 * BLOCKS
-    eventually(lambda: client.attached)
+    wait_served(client)
     assert [load(client, f"c{number}") for number in range(40)] == [BLOCKS] * 40
 
 
@@ -99,7 +99,7 @@ def test_kill_9_under_write_load_loses_the_window_and_nothing_else(
         killed_at_s = time.monotonic()
         daemon.restart()
         recovered(daemon)
-        eventually(lambda: client.attached)
+        wait_served(client)
         for name in chance.sample(sorted(saved_at_s), min(30, len(saved_at_s))):
             came = load(client, name)  # compares every byte
             if killed_at_s - saved_at_s[name] > WINDOW_S + SLACK_S:
@@ -125,7 +125,7 @@ def test_damaged_extents_are_misses_and_the_rest_is_served(
     segment.write_bytes(content)
     daemon.restart()
     recovered(daemon)
-    eventually(lambda: client.attached)
+    wait_served(client)
     assert [load(client, f"c{number}") for number in range(6)] == [12, 12, 5, 12, 12, 12]
     finding = client.explain(chain("c2", BLOCKS)[5])[0]
     assert finding.dropped.reason == 6, finding  # DROP_REASON_CORRUPT
@@ -162,7 +162,7 @@ def test_check_names_each_damaged_extent_and_the_daemon_serves_the_rest(
     assert "3 bad extents" in checked.stdout
     daemon.restart()
     recovered(daemon)
-    eventually(lambda: client.attached)
+    wait_served(client)
     assert [load(client, f"c{number}") for number in range(6)] == [11, 12, 5, 12, 0, 12]
 
 
@@ -175,7 +175,7 @@ def test_the_tier_a_block_came_from_is_counted(
     daemon.stop()
     daemon.restart()
     recovered(daemon)
-    eventually(lambda: client.attached)
+    wait_served(client)
     looked = client.lookup(chain("a", BLOCKS))
     assert (looked.blocks, looked.dram_blocks) == (BLOCKS, 0)
     assert load(client, "a") == BLOCKS

@@ -10,6 +10,7 @@ import pytest
 
 import kvservice_client as kv
 from tests.blocks import chain, contents, namespace
+from tests.clients import wait_served
 from tests.integration.conftest import MakeClient, MakeDaemon
 from tests.waiting import eventually
 
@@ -141,7 +142,7 @@ def test_truncated_sessions_survive_the_daemon_on_nvme(
         daemon.kill()
     daemon.restart()
     daemon.wait_event("recovered")
-    eventually(lambda: client.attached)
+    wait_served(client)
     assert load(client, truncated) == (kv.LoadResult(6, kv.Reason.OK, SHIFTED), EXPECTED)
     assert load(client, truncated, session_id="other")[0] == kv.LoadResult(0, kv.Reason.OTHER_SESSION)
 

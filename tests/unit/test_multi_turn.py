@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.multi_turn import Load, Server, drive, generated, main, sharegpt
 from benchmarks.multi_turn_report import Report, Turn, percentile
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.unit
 
@@ -25,6 +26,8 @@ class Chat(BaseHTTPRequestHandler):
 
     seen: list[dict[str, Any]]
     under_way = most_under_way = 0
+    wanted_under_way = 0
+    """Nobody is answered before there were so many at once."""
     lock = threading.Lock()
 
     def do_GET(self) -> None:  # the base class's name
@@ -37,6 +40,7 @@ class Chat(BaseHTTPRequestHandler):
             Chat.under_way += 1
             Chat.most_under_way = max(Chat.most_under_way, Chat.under_way)
         time.sleep(FIRST_TEXT_AFTER_S)
+        eventually(lambda: Chat.most_under_way >= Chat.wanted_under_way)
         with Chat.lock:
             Chat.under_way -= 1
         last = body["messages"][-1]["content"]
@@ -66,7 +70,7 @@ class Chat(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    Chat.seen, Chat.under_way, Chat.most_under_way = [], 0, 0
+    Chat.seen, Chat.under_way, Chat.most_under_way, Chat.wanted_under_way = [], 0, 0, 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Chat) as listener:
         thread = threading.Thread(target=listener.serve_forever)
         thread.start()
@@ -110,6 +114,7 @@ def test_a_request_without_its_whole_answer_is_a_failure_and_ends_the_conversati
 
 
 def test_at_once_bounds_what_is_under_way(server: Server) -> None:
+    Chat.wanted_under_way = 2
     drive(server, Load(generated(conversations=4, turns=2, first_words=3, words=2, seed=0), at_once=2))
     assert (len(Chat.seen), Chat.most_under_way) == (8, 2)
 

@@ -32,6 +32,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.model_executor.models import ModelRegistry  # noqa: E402
 
+import kvservice_client as kv  # noqa: E402
 from kvservice_adapters.vllm.counters import Counters  # noqa: E402
 from kvservice_adapters.vllm.keys import places_written  # noqa: E402
 
@@ -222,9 +223,14 @@ class Engine:
         return int(self._scheduler().kv_cache_manager.block_pool.get_num_free_blocks())
 
     def status(self) -> list[str]:
-        """How worker and scheduler stand with the daemon."""
+        """How worker and scheduler stand with the daemon: attached, where a call has just reached it."""
         clients = (self._worker()._client, *self._connector()._scheduler._clients)
-        return [client.status.value for client in clients]
+        return [
+            client.status.value
+            if client.lookup([bytes(client.namespace.hash_size_bytes)]).reason is kv.Reason.NOT_HELD
+            else "unreachable"
+            for client in clients
+        ]
 
     def keys(self, path: str) -> list[int]:
         """The keys of the last request's loaded and saved blocks, into a file; their places in the request.
