@@ -26,12 +26,12 @@ from queue import Queue
 import pytest
 
 import kvservice_client as kv
+from tests.waiting import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
 BLOCK_BYTES = 64 * 1024
 ARENA_BYTES = 16 * BLOCK_BYTES
-DEADLINE_S = 20.0
 COMMAND = (sys.executable, "-m", "kvservice")
 # Whoever runs the tests may have a configuration of their own.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("KVSERVICE_")}

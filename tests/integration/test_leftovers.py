@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -54,6 +56,7 @@ def test_a_run_that_is_ended_ends_its_daemons(short_path: Path, end: str, number
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     with run:
         try:
@@ -62,7 +65,8 @@ def test_a_run_that_is_ended_ends_its_daemons(short_path: Path, end: str, number
                 run.send_signal(number)
             output, _ = run.communicate(timeout=2 * DEADLINE_S)
         finally:
-            run.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == (2 if number else 1), output
     assert not psutil.pid_exists(int((short_path / "process_id").read_text()))
 
