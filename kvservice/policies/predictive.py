@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, Rows
 from kvservice.policies.order import PlacedOrder, Stamps
@@ -42,9 +43,10 @@ KINDS: tuple[str, ...] = (
     ),
     "new, end of its chain",
 )
-"""Every kind of block in words; those with as many uses are one family."""
+"""Every kind of block in words."""
 
-_FAMILIES = (*[0] * _NEW_KINDS, *(uses for uses in range(1, _USES_MAX + 1) for _ in range(_GAP_KINDS)), 0)
+_USES_OF = (*[0] * _NEW_KINDS, *(uses for uses in range(1, _USES_MAX + 1) for _ in range(_GAP_KINDS)), 0)
+"""How often blocks of each kind were used, up to the number that is told apart; kinds with as many are one family."""
 
 _FINISHED, _EXPECTED = len(KINDS), len(KINDS) + 1
 """Orders besides those of the kinds: what the application says will not, or will, be used."""
@@ -53,6 +55,9 @@ _LATE_S = 60
 """An expected use that is so late is not expected any more."""
 
 _SHARE_MAX = 0xFFFF
+
+
+_Number = TypeVar("_Number", bound=np.integer)
 
 
 class _State(NamedTuple):
@@ -81,10 +86,9 @@ class Predictive:
     name = "predictive"
 
     def __init__(self) -> None:
-        self.model = ReuseModel(_FAMILIES)
+        self.model = ReuseModel(_USES_OF)
         self._stamps = Stamps()
         self._orders = [PlacedOrder(self._stamps) for _ in range(len(KINDS) + 2)]
-        self._order_of = np.zeros(1024, dtype=np.uint8)
         self._states = np.zeros(1024, dtype=np.int64)
         self._expected_at_s: dict[int, float] = {}
         self._changed: set[int] = set()  # orders whose first row may be another one since it was looked at
@@ -92,12 +96,18 @@ class Predictive:
     def stored(self, rows: Rows, parents: Rows, now_s: float, memories: Memories) -> None:
         if len(rows):
             self._reach(int(rows.max()))
-            self._use(rows, memories, now_s, new=int(np.count_nonzero(memories == NO_MEMORY)))
+            new = int(np.count_nonzero(memories == NO_MEMORY))
+            self._use(rows, rows.astype(np.intp), memories, now_s, new=new)
 
     def touch(self, rows: Rows, now_s: float) -> None:
         if len(rows):
-            self._reach(int(rows.max()))
-            self._use(rows, self._states[rows], now_s, new=0)
+            indices = rows.astype(np.intp)
+            try:
+                states = self._states[indices]
+            except IndexError:
+                self._reach(int(rows.max()))
+                states = self._states[indices]
+            self._use(rows, indices, states, now_s, new=0)
 
     def released(self, rows: Rows) -> None:
         for row in rows[~self._stamps.is_placed(rows)].tolist():
@@ -111,7 +121,7 @@ class Predictive:
             return
         self._reach(int(rows.max()))
         self._expected_at_s.update(dict.fromkeys(rows.tolist(), at_s))
-        self._place(rows, _FINISHED if at_s == math.inf else _EXPECTED)
+        self._orders[_FINISHED if at_s == math.inf else _EXPECTED].place(rows[::-1])
 
     def demoted(self, row: int) -> None:
         self._stamps.remove(row)
@@ -123,7 +133,7 @@ class Predictive:
 
     def exposed(self, row: int) -> None:
         self._reach(row)
-        order = int(self._order_of[row])
+        order = self._order_of(row)
         self._orders[order].recall(row)
         self._changed.add(order)
 
@@ -149,6 +159,12 @@ class Predictive:
             if row != NO_ROW:
                 order.recall(row)
 
+    def _order_of(self, row: int) -> int:
+        expected_at_s = self._expected_at_s.get(row)
+        if expected_at_s is None:
+            return _State.of(self._states.item(row)).kind
+        return _FINISHED if expected_at_s == math.inf else _EXPECTED
+
     def _rank(self, order: int, first: int, now: int) -> tuple[float, int]:
         """(worth, second of the last use) of an order's first row: the smallest is the victim."""
         if first == NO_ROW:
@@ -160,47 +176,63 @@ class Predictive:
             return 1.0 / max(1.0, due_s), state.used_at
         return self.model.worth(state.kind, state.used_at), state.used_at
 
-    def _use(self, rows: Rows, states: Memories, now_s: float, *, new: int) -> None:
+    def _use(self, rows: Rows, indices: NDArray[np.intp], states: Memories, now_s: float, *, new: int) -> None:
         """The rows, of which that much was known, are used, or new where nothing was.
 
         A chain is few runs of rows that share their past: what is not a vector operation is done once for each run.
         """
         now = self.model.advance(now_s)
-        ends = [*(np.flatnonzero(states[1:] != states[:-1]) + 1).tolist(), len(rows)]
-        if new and states[-1] == NO_MEMORY and len(rows) - 1 not in (0, *ends[-2:-1]):
-            ends.insert(-1, len(rows) - 1)  # a new chain's end is of a kind of its own
-        runs: list[tuple[int, int, int, int]] = []  # (begin, end, kind, uses)
-        sizes: dict[int, int] = {}
+        parts: dict[int, list[tuple[int, int]]] = {}  # by kind, (begin, end)
         begin = 0
-        for end in ends:
+        for end in _ends_of_runs(states, new=new):
             packed = states.item(begin)
             if packed == NO_MEMORY:
-                kind, uses = _END if end == len(rows) else bisect_left(_STORED_AT_ONCE, new), 0
+                kind = _END if end == len(rows) else bisect_left(_STORED_AT_ONCE, new)
             else:
                 state = _State.of(packed)
                 self.model.ended(state.kind, state.used_at, (end - begin) / max(1, state.share))
-                uses = min(state.uses + 1, _USES_MAX)
-                kind = _NEW_KINDS + (uses - 1) * _GAP_KINDS + bisect_right(_GAPS_S, now - state.used_at)
-            runs.append((begin, end, kind, uses))
-            sizes[kind] = sizes.get(kind, 0) + end - begin
+                kind = _kind_of(uses=state.uses + 1, gap_s=now - state.used_at)
+            of_kind = parts.setdefault(kind, [])
+            if of_kind and of_kind[-1][1] == begin:
+                of_kind[-1] = (of_kind[-1][0], end)
+            else:
+                of_kind.append((begin, end))
             begin = end
-        for kind in sizes:
-            self.model.started(kind)
-        for begin, end, kind, uses in runs:
-            self._states[rows[begin:end]] = _State(now, sizes[kind], kind, uses).packed()
         if self._expected_at_s:
             for row in rows.tolist():
                 self._expected_at_s.pop(row, None)
-        for kind in sizes:
-            parts = [rows[begin:end] for begin, end, of_run, _ in runs if of_run == kind]
-            self._place(parts[0] if len(parts) == 1 else np.concatenate(parts), kind)
-
-    def _place(self, rows: Rows, order: int) -> None:
-        self._order_of[rows] = order
-        self._orders[order].place(rows[::-1])
+        stamp = self._stamps.stamp(indices)
+        for kind, of_kind in parts.items():
+            self.model.started(kind)
+            used = _joined(rows, of_kind)
+            self._states[_joined(indices, of_kind)] = _State(now, len(used), kind, _USES_OF[kind]).packed()
+            self._orders[kind].append(used[::-1], stamp)
 
     def _reach(self, row: int) -> None:
         if row >= len(self._states):
             more = max(row + 1, 2 * len(self._states)) - len(self._states)
             self._states = np.concatenate([self._states, np.zeros(more, dtype=np.int64)])
-            self._order_of = np.concatenate([self._order_of, np.zeros(more, dtype=np.uint8)])
+
+
+def _kind_of(*, uses: int, gap_s: int) -> int:
+    return _NEW_KINDS + (min(uses, _USES_MAX) - 1) * _GAP_KINDS + bisect_right(_GAPS_S, gap_s)
+
+
+def _joined(rows: NDArray[_Number], parts: Sequence[tuple[int, int]]) -> NDArray[_Number]:
+    if len(parts) == 1:
+        begin, end = parts[0]
+        return rows[begin:end]
+    return np.concatenate([rows[begin:end] for begin, end in parts])
+
+
+def _ends_of_runs(states: Memories, *, new: int) -> list[int]:
+    """Where runs of rows that share their past end; a new chain's end is a run of its own."""
+    rows = len(states)
+    packed = states.tobytes()
+    if packed == packed[: states.itemsize] * rows:
+        ends = [rows]
+    else:
+        ends = [*(np.flatnonzero(states[1:] != states[:-1]) + 1).tolist(), rows]
+    if new and states.item(-1) == NO_MEMORY and rows - 1 not in (0, *ends[-2:-1]):
+        ends.insert(-1, rows - 1)
+    return ends

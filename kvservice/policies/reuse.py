@@ -56,6 +56,8 @@ class ReuseModel:
         self._waiting: Counts = np.zeros((kinds, _SECONDS))  # observations still open, by the second of their start
         self._used: Counts = np.zeros((kinds, len(AGES_S)))
         self._reached: Counts = np.zeros((kinds, len(AGES_S)))
+        # What is to be added to it: at a range what those add that reached it and the following ones, up to a loss.
+        self._gained: Counts = np.zeros((kinds, len(AGES_S) + 1))
         self._second = 0
         self._counted_to = 0
         self._worth = self._worth_of(self.hazards())
@@ -70,8 +72,8 @@ class ReuseModel:
             self._counted_to = second
         if second - self._counted_to >= _COUNT_INTERVAL_S:
             self._count(second)
-        begun = min(second - self._second, _SECONDS)
-        self._waiting[:, np.arange(second - begun + 1, second + 1) % _SECONDS] = 0.0
+        for begun in range(max(self._second, second - _SECONDS) + 1, second + 1):
+            self._waiting[:, begun % _SECONDS] = 0.0
         self._second = second
         return second
 
@@ -89,7 +91,8 @@ class ReuseModel:
         self._waiting[kind, begun_s % _SECONDS] -= weight
         # It is not there any more when the ages that it reached since the last count are counted.
         not_counted = bisect.bisect_left(_AGES_S, self._counted_to - begun_s)
-        self._reached[kind, not_counted : ended_in + 1] += weight
+        self._gained[kind, not_counted] += weight
+        self._gained[kind, ended_in + 1] -= weight
 
     def worth(self, kind: int, begun_s: int) -> float:
         """Expected uses per second of keeping, of a block of the kind whose last use was at that second."""
@@ -100,13 +103,14 @@ class ReuseModel:
 
     def hazards(self) -> Counts:
         """The chance of a use in each range of ages for a block that reached it, by kind. Shape (kinds, ranges)."""
-        whole = (self._used.sum(axis=0) + _PRIOR_USES) / (self._reached.sum(axis=0) + _PRIOR_OBSERVATIONS)
+        all_reached = self._reached + self._gains()
+        whole = (self._used.sum(axis=0) + _PRIOR_USES) / (all_reached.sum(axis=0) + _PRIOR_OBSERVATIONS)
         families = int(self._families.max()) + 1
         used, reached = np.zeros((families, len(AGES_S))), np.zeros((families, len(AGES_S)))
         np.add.at(used, self._families, self._used)
-        np.add.at(reached, self._families, self._reached)
+        np.add.at(reached, self._families, all_reached)
         family = (used + _TRUST_OBSERVATIONS * whole) / (reached + _TRUST_OBSERVATIONS)
-        kind = (self._used + _TRUST_OBSERVATIONS * family[self._families]) / (self._reached + _TRUST_OBSERVATIONS)
+        kind = (self._used + _TRUST_OBSERVATIONS * family[self._families]) / (all_reached + _TRUST_OBSERVATIONS)
         hazards: Counts = np.minimum(kind, _HAZARD_MAX)
         return hazards
 
@@ -115,7 +119,8 @@ class ReuseModel:
         forgotten = second - self._second >= _SECONDS
         fading = 0.5 ** ((second - self._counted_to) / _HALF_LIFE_S)
         self._used *= fading
-        self._reached *= fading
+        self._reached = (self._reached + self._gains()) * fading
+        self._gained[:] = 0.0
         if not forgotten:
             # Those that began so many seconds ago, for each range, and are remembered.
             begun_s = np.arange(self._counted_to, second) - AGES_S[:, None]
@@ -123,6 +128,10 @@ class ReuseModel:
             self._reached += (self._waiting[:, begun_s % _SECONDS] * is_known).sum(axis=2)
         self._counted_to = second
         self._is_worth_current = False
+
+    def _gains(self) -> Counts:
+        gains: Counts = np.cumsum(self._gained, axis=1)[:, :-1]
+        return gains
 
     @staticmethod
     def _worth_of(hazards: Counts) -> Counts:
