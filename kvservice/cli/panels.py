@@ -18,12 +18,18 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 def totals(stats: pb.StatsResponse) -> Group:
     """What the daemon holds, and what happened since it started."""
-    return _stacked(_headline(stats), _tiers(stats), *_disks(stats), _namespace_totals(stats), _instances(stats))
+    return _report(stats, _namespace_totals(stats))
 
 
 def activity(stats: pb.StatsResponse, rates: Mapping[NamespaceKey, NamespaceRates]) -> Group:
     """What the daemon holds, and what happens now; "-" where `rates` has nothing for a namespace."""
-    return _stacked(_headline(stats), _tiers(stats), *_disks(stats), _namespace_rates(stats, rates), _instances(stats))
+    return _report(stats, _namespace_rates(stats, rates))
+
+
+def _report(stats: pb.StatsResponse, namespaces: Table) -> Group:
+    return _stacked(
+        _headline(stats), _tiers(stats), *_disks(stats), namespaces, *_queues(stats), _instances(stats)
+    )
 
 
 def _stacked(*parts: RenderableType) -> Group:
@@ -154,8 +160,29 @@ def _namespace_rates(stats: pb.StatsResponse, rates: Mapping[NamespaceKey, Names
     return _or_none(table, len(stats.namespaces), "no namespace yet: no engine has attached")
 
 
+def _queues(stats: pb.StatsResponse) -> list[Table]:
+    """What waits and how much of it is in DRAM already; none where no engine tells of its queue."""
+    telling = [namespace for namespace in stats.namespaces if namespace.HasField("queue")]
+    if not telling:
+        return []
+    table = _table(("Queue of", "Tenant"), ("Waiting", "Fetched ahead", "Kept", "Blocks needed", "In DRAM"))
+    for namespace in telling:
+        queue = namespace.queue
+        table.add_row(
+            *_name_cells(namespace),
+            f"{queue.requests:,}",
+            f"{queue.prefetch_window_requests:,}",
+            f"{queue.eviction_window_requests:,}",
+            f"{queue.needed_blocks:,}",
+            share(queue.dram_blocks, queue.needed_blocks),
+        )
+    return [table]
+
+
 def _instances(stats: pb.StatsResponse) -> Table:
-    table = _table(("Instance", "Tenant", "Plane"), ("Process", "Attached", "Leases", "Reservations", "Quarantined"))
+    table = _table(
+        ("Instance", "Tenant", "Plane"), ("Process", "Attached", "Queued", "Leases", "Reservations", "Quarantined")
+    )
     for instance in stats.attached_instances:
         table.add_row(
             Text(f"{instance.instance_id} {foreign(instance.name)}"),
@@ -163,6 +190,7 @@ def _instances(stats: pb.StatsResponse) -> Table:
             Text(foreign(instance.plane)),
             f"{instance.process_id}",
             duration(instance.attached_s),
+            f"{instance.queued_requests:,}",
             f"{instance.leases:,}",
             f"{instance.reservations:,}",
             f"{instance.quarantined_slots:,}",

@@ -122,6 +122,20 @@ def _namespace_stats(store: Store, namespace: Namespace) -> pb.NamespaceStats:
         expired_blocks=counters.dropped.get(DropReason.EXPIRED, 0),
         aliases=len(namespace.aliases),
         shifted_hit_blocks=counters.shifted_hits,
+        queue=_queue_stats(store, namespace),
+    )
+
+
+def _queue_stats(store: Store, namespace: Namespace) -> pb.QueueStats | None:
+    ahead = store.waiting.ahead.get(namespace)
+    if ahead is None:
+        return None
+    return pb.QueueStats(
+        requests=store.waiting.length_of(namespace),
+        prefetch_window_requests=min(ahead.windows.prefetch, len(ahead.waiting)),
+        eviction_window_requests=min(ahead.windows.eviction, len(ahead.waiting)),
+        needed_blocks=ahead.needed_blocks,
+        dram_blocks=ahead.dram_blocks,
     )
 
 

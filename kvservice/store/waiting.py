@@ -150,6 +150,10 @@ class WaitingRequests:
         owners = [owner for owner in self._owners() if owner.instance_id == instance.instance_id]
         return sum(len(self._queues.requests(owner)) for owner in owners)
 
+    def length_of(self, namespace: Namespace) -> int:
+        """How many requests wait in all of the namespace's queues."""
+        return sum(len(self._queues.requests(owner)) for owner in self._owners() if owner.namespace is namespace)
+
     def fetched(self, request: QueuedRequest) -> None:
         """A fetch for the request ended."""
         need = self._needs.get(request)

@@ -246,6 +246,24 @@ def test_each_nvme_directory_has_a_line_of_its_own() -> None:
         assert "2 get" in line
 
 
+def test_queues_show_what_waits_and_how_much_of_it_is_in_dram() -> None:
+    stats = response()
+    assert "Queue of" not in rendered(panels.totals(stats)), "nobody tells of one"
+    stats.attached_instances[0].queued_requests = 1_017
+    stats.namespaces[0].queue.CopyFrom(
+        pb.QueueStats(
+            requests=1_017, prefetch_window_requests=31, eviction_window_requests=1_002, needed_blocks=2_000,
+            dram_blocks=1_500,
+        )
+    )  # fmt: skip
+    for panel in (panels.totals(stats), panels.activity(stats, {})):
+        lines = rendered(panel).splitlines()
+        queue = lines[next(at for at, line in enumerate(lines) if line.startswith("Queue of")) + 2]
+        assert queue.split() == ["[bold]llama?[2J", "uid:0", "1,017", "31", "1,002", "2,000", "75.0", "%"]
+        (instance,) = (line for line in lines if "engine-1" in line)
+        assert "1,017" in instance
+
+
 def test_an_empty_daemon_says_so() -> None:
     text = rendered(panels.totals(pb.StatsResponse(state="serving")))
     assert "no engine has attached" in text

@@ -879,7 +879,7 @@ class TransferDepth(_message.Message):
     def __init__(self, priority: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("label", "fingerprint", "tenant", "block_size_bytes", "tokens_per_block", "dram_bytes", "quota_bytes", "blocks", "slots_free", "sessions", "requested_blocks", "dram_hit_blocks", "nvme_hit_blocks", "miss_blocks", "committed_blocks", "evicted_blocks", "policy", "nvme_bytes", "nvme_quota_bytes", "ttl_s", "expired_blocks", "aliases", "shifted_hit_blocks")
+    __slots__ = ("label", "fingerprint", "tenant", "block_size_bytes", "tokens_per_block", "dram_bytes", "quota_bytes", "blocks", "slots_free", "sessions", "requested_blocks", "dram_hit_blocks", "nvme_hit_blocks", "miss_blocks", "committed_blocks", "evicted_blocks", "policy", "nvme_bytes", "nvme_quota_bytes", "ttl_s", "expired_blocks", "aliases", "shifted_hit_blocks", "queue")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -903,6 +903,7 @@ class NamespaceStats(_message.Message):
     EXPIRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     SHIFTED_HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
     label: str
     fingerprint: bytes
     tenant: str
@@ -926,7 +927,22 @@ class NamespaceStats(_message.Message):
     expired_blocks: int
     aliases: int
     shifted_hit_blocks: int
-    def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ..., nvme_bytes: _Optional[int] = ..., nvme_quota_bytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., expired_blocks: _Optional[int] = ..., aliases: _Optional[int] = ..., shifted_hit_blocks: _Optional[int] = ...) -> None: ...
+    queue: QueueStats
+    def __init__(self, label: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., tenant: _Optional[str] = ..., block_size_bytes: _Optional[int] = ..., tokens_per_block: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., slots_free: _Optional[int] = ..., sessions: _Optional[int] = ..., requested_blocks: _Optional[int] = ..., dram_hit_blocks: _Optional[int] = ..., nvme_hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., policy: _Optional[str] = ..., nvme_bytes: _Optional[int] = ..., nvme_quota_bytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., expired_blocks: _Optional[int] = ..., aliases: _Optional[int] = ..., shifted_hit_blocks: _Optional[int] = ..., queue: _Optional[_Union[QueueStats, _Mapping]] = ...) -> None: ...
+
+class QueueStats(_message.Message):
+    __slots__ = ("requests", "prefetch_window_requests", "eviction_window_requests", "needed_blocks", "dram_blocks")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_WINDOW_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    EVICTION_WINDOW_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DRAM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    prefetch_window_requests: int
+    eviction_window_requests: int
+    needed_blocks: int
+    dram_blocks: int
+    def __init__(self, requests: _Optional[int] = ..., prefetch_window_requests: _Optional[int] = ..., eviction_window_requests: _Optional[int] = ..., needed_blocks: _Optional[int] = ..., dram_blocks: _Optional[int] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
     __slots__ = ("instance_id", "name", "tenant", "process_id", "attached_s", "leases", "reservations", "quarantined_slots", "plane", "queued_requests")
