@@ -100,9 +100,9 @@ def test_the_windows_are_visible(on_nvme: DaemonProcess, client: kv.Client) -> N
     assert on_nvme.series("kvservice_eviction_window_requests") == 6
     stats = client.stats()
     assert [instance.queued_requests for instance in stats.attached_instances] == [6]
-    (queue,) = (namespace.queue for namespace in stats.namespaces)
-    assert (queue.requests, queue.prefetch_window_requests, queue.eviction_window_requests) == (6, 6, 6)
-    assert (queue.needed_blocks, queue.dram_blocks) == (6 * BLOCKS, 6 * BLOCKS)
+    (told,) = (namespace.queue for namespace in stats.namespaces)
+    assert (told.requests, told.prefetch_window_requests, told.eviction_window_requests) == (6, 6, 6)
+    assert (told.needed_blocks, told.dram_blocks) == (6 * BLOCKS, 6 * BLOCKS)
 
 
 def test_a_new_order_of_the_queue_reads_nothing_twice(on_nvme: DaemonProcess, client: kv.Client) -> None:
