@@ -27,9 +27,7 @@ def activity(stats: pb.StatsResponse, rates: Mapping[NamespaceKey, NamespaceRate
 
 
 def _report(stats: pb.StatsResponse, namespaces: Table) -> Group:
-    return _stacked(
-        _headline(stats), _tiers(stats), *_disks(stats), namespaces, *_queues(stats), _instances(stats)
-    )
+    return _stacked(_headline(stats), _tiers(stats), *_disks(stats), namespaces, *_queues(stats), _instances(stats))
 
 
 def _stacked(*parts: RenderableType) -> Group:
