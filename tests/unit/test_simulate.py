@@ -273,9 +273,16 @@ def test_blocks_that_stay_in_the_window_are_hits_with_truncation_only(policy: st
         simulation.tiers.check()
         assert sum(outcome.dram_hits) + sum(outcome.nvme_hits) <= _reusable_blocks(requests)
         hit_ratios[keeps] = outcome.hit_ratio
-        tight, _ = simulate(requests, policy, speeds=Speeds(nvme_bytes_per_s=1e6), dram_blocks=30, nvme_blocks=60)
-        tight.tiers.check()
     assert hit_ratios[True] > 1.1 * hit_ratios[False]
+
+
+@pytest.mark.parametrize("policy", ["lru", "lookahead"])
+def test_blocks_that_leave_with_the_source_of_their_chain_while_bytes_move_do_no_harm(policy: str) -> None:
+    workload = Workload(conversations=150, per_second=5.0, think_s_mean=5.0, context_tokens=2048)
+    speeds = Speeds(nvme_bytes_per_s=1e6, gpus=1)
+    simulation, _ = simulate(generate(workload), policy, speeds=speeds, dram_blocks=100, nvme_blocks=150)
+    simulation.tiers.check()
+    assert simulation.tiers.namespace.pool.holders.sum() == 0
 
 
 def test_later_turns_come_after_the_reply_and_the_thinking() -> None:
