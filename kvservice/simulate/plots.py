@@ -17,9 +17,14 @@ _PLOTS: Sequence[tuple[str, str]] = (
 
 
 def draw(rows: Sequence[Mapping[str, object]], out: Path) -> bool:
-    """One picture per measure, against the size of DRAM; False where matplotlib is not installed."""
+    """One picture per measure, against the size of DRAM, or of NVMe where only that differs.
+
+    Returns:
+        False where matplotlib is not installed.
+    """
     if not _is_installed():
         return False
+    tier = _tier_that_differs(rows)
     figure: Any = importlib.import_module("matplotlib.figure")  # an extra, and slow to load
     for name, title in _PLOTS:
         known = [row for row in rows if row[name] is not None]
@@ -27,10 +32,10 @@ def draw(rows: Sequence[Mapping[str, object]], out: Path) -> bool:
             continue
         picture = figure.Figure(figsize=(6.4, 4.0), dpi=100, layout="constrained")
         axes = picture.subplots()
-        for label, line in _lines(known, name).items():
+        for label, line in _lines(known, name, tier).items():
             sizes, values = zip(*sorted(line), strict=True)
             axes.plot([100 * size for size in sizes], values, marker="o", markersize=4, label=label)
-        axes.set_xlabel("DRAM, % of the unique blocks")
+        axes.set_xlabel(f"{tier}, % of the unique blocks")
         axes.set_xscale("log")
         axes.set_title(title, fontsize="medium")
         axes.set_ylim(bottom=0)
@@ -44,9 +49,15 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _lines(rows: Sequence[Mapping[str, object]], name: str) -> dict[str, list[tuple[Any, Any]]]:
+def _tier_that_differs(rows: Sequence[Mapping[str, object]]) -> str:
+    dram_sizes, nvme_sizes = ({row[name] for row in rows} for name in ("dram_blocks", "nvme_blocks"))
+    return "NVMe" if len(dram_sizes) == 1 < len(nvme_sizes) else "DRAM"
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], name: str, tier: str) -> dict[str, list[tuple[Any, Any]]]:
     lines: dict[str, list[tuple[Any, Any]]] = {}
     for row in rows:
         window = {0: "", -1: ", whole queue"}.get(int(str(row["queue_window"])), f", W={row['queue_window']}")
-        lines.setdefault(f"{row['policy']}{window}", []).append((row["dram_share"], row[name]))
+        share = row["dram_share"] * row[f"{tier.lower()}_blocks"] / row["dram_blocks"]
+        lines.setdefault(f"{row['policy']}{window}", []).append((share, row[name]))
     return lines

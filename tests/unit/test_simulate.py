@@ -336,6 +336,15 @@ def test_plots_are_pictures_of_moderate_size(tmp_path: Path) -> None:
     )
 
 
+def test_plots_are_against_the_tier_whose_size_differs() -> None:
+    row = {"policy": "lru", "queue_window": 0, "dram_blocks": 10, "nvme_blocks": 50, "dram_share": 0.1, "cost": 2.0}
+    assert plots._lines([row], "cost", "DRAM") == {"lru": [(0.1, 2.0)]}
+    assert plots._lines([row], "cost", "NVMe") == {"lru": [(0.5, 2.0)]}
+    assert plots._tier_that_differs([row, {**row, "nvme_blocks": 60}]) == "NVMe"
+    assert plots._tier_that_differs([row]) == "DRAM"
+    assert plots._tier_that_differs([row, {**row, "dram_blocks": 20, "nvme_blocks": 60}]) == "DRAM"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
