@@ -65,7 +65,8 @@ def record_blocks(directory: Path, blocks: int, *, nvme_bytes: int, seed: int = 
         extents = volume.reserve(SPEC, len(chains) * CHAIN_BLOCKS)
         epoch = volume.epoch
         for at, number in enumerate(numbers):
-            if number % _WRITTEN_EVERY == 0:
+            # Also the last of all: a segment that nobody wrote to has no file, and its blocks would not be found again.
+            if number % _WRITTEN_EVERY == 0 or number == blocks // CHAIN_BLOCKS - 1:
                 _write(volume, chains[at], extents[at * CHAIN_BLOCKS :])
                 written.append(chains[at])
         volume.flush(epoch)
