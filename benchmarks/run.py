@@ -23,6 +23,7 @@ from benchmarks import (
     recovery,
     redis_reference,
     shared_memory,
+    shift_load,
     vllm_reuse,
 )
 from benchmarks.figures import FIGURES, table
@@ -36,6 +37,7 @@ SUBJECTS: Mapping[str, Callable[[Settings], Iterator[Record]]] = {
     "mooncake_reference": mooncake_reference.measure,
     "index_memory": index_memory.measure,
     "vllm_reuse": vllm_reuse.measure,
+    "shift_load": shift_load.measure,
     "nvme": nvme.measure,
     "recovery": recovery.measure,
     "policies": policies.measure,

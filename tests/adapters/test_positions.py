@@ -131,7 +131,7 @@ def test_keys_without_positions_stay_as_they_are() -> None:
     rope = positions_of(model)
     keys = torch.randn(2, 5, 16)
     assert not rope.rotates
-    assert moved(keys, rope, computed_at=torch.arange(5), now_at=torch.arange(5) + 3) is keys
+    assert torch.equal(moved(keys, rope, computed_at=torch.arange(5), now_at=torch.arange(5) + 3), keys)
 
 
 REFUSED = {

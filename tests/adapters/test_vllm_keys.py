@@ -13,6 +13,7 @@ from kvservice_adapters.positions import Rope, RopeForm, UnsupportedPositions, m
 from kvservice_adapters.positions.rope import NO_ROTATION
 from kvservice_adapters.vllm.keys import (
     CacheWriter,
+    GatheredKeys,
     KeyTurner,
     LayerKeys,
     PackedKeys,
@@ -76,6 +77,11 @@ def as_split(tensor: torch.Tensor) -> LayerKeys:
     return split_keys(tensor, DIM)
 
 
+def as_gathered(tensor: torch.Tensor) -> LayerKeys:
+    """As on a device."""
+    return GatheredKeys(tensor[..., :DIM])
+
+
 def as_packed(places: str) -> Callable[[torch.Tensor], LayerKeys]:
     return lambda tensor: packed_keys(tensor, PLACES[places])
 
@@ -86,6 +92,15 @@ def keys_of(tensor: torch.Tensor, places: str = "") -> torch.Tensor:
         return tensor[..., :DIM].clone()
     blocks, heads, tokens, both = tensor.shape
     return tensor.reshape(blocks, heads, tokens * both)[..., PLACES[places].flatten()].view(blocks, heads, tokens, DIM)
+
+
+def put_keys(tensor: torch.Tensor, keys: torch.Tensor, places: str) -> None:
+    """The other way."""
+    if not places:
+        tensor[..., :DIM] = keys
+        return
+    blocks, heads, tokens, both = tensor.shape
+    tensor.view(blocks, heads, tokens * both)[..., PLACES[places].flatten()] = keys.flatten(2)
 
 
 CASES: list[tuple[Callable[[], Caches], str]] = [
@@ -101,14 +116,15 @@ CASES: list[tuple[Callable[[], Caches], str]] = [
 
 
 @pytest.mark.parametrize("form", RopeForm)
+@pytest.mark.parametrize("split", [as_split, as_gathered])
 @pytest.mark.parametrize(("make", "places"), CASES)
 def test_keys_of_moved_blocks_turn_and_nothing_else_changes(
-    make: Callable[[], Caches], places: str, form: RopeForm
+    make: Callable[[], Caches], places: str, form: RopeForm, split: Callable[[torch.Tensor], LayerKeys]
 ) -> None:
     caches, before = make(), make()
     rope = Rope(ROPE.inverse_frequencies, form)
     kernel_blocks, tokens = caches[0].shape[0] // BLOCKS, caches[0].shape[2]
-    keys = as_packed(places) if places else as_split
+    keys = as_packed(places) if places else split
     layers = {number: keys(tensor) for number, tensor in enumerate(caches)}
     turner = KeyTurner(rope, layers, torch.device("cpu"), kernel_blocks=kernel_blocks, kernel_tokens=tokens)
     assert turner.turn([5, 1, 6], [4, 5, 6], SHIFTS) == 2
@@ -120,9 +136,7 @@ def test_keys_of_moved_blocks_turn_and_nothing_else_changes(
                 expected[block, part] = moved(expected[block, part], rope, computed_at=now - shift, now_at=now)
         assert torch.equal(keys_of(tensor, places), expected.flatten(0, 1))
         # Values, and every bit of blocks that did not move.
-        put_back = keys_of(original, places)
-        every = torch.arange(len(tensor))
-        keys(tensor).write(every, put_back)
+        put_keys(tensor, keys_of(original, places), places)
         assert torch.equal(tensor, original)
 
 
@@ -183,4 +197,5 @@ def test_known_backends_keys_are_found(backend: str) -> None:
     tensor = filled(BLOCKS, HEADS, TOKENS, 2 * DIM)
     found = layer_keys(tensor, backend=backend, head_dim=DIM, write=writer(PLACES["transposed"]))
     expected = keys_of(tensor, "transposed" if backend == "CPU_ATTN" else "")
-    assert torch.equal(found.read(torch.arange(BLOCKS)), expected)
+    assert isinstance(found, StridedKeys)
+    assert torch.equal(found.view, expected)

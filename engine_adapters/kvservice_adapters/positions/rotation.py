@@ -15,28 +15,40 @@ class Turn:
 
     Attributes:
         cosine, sine: of the angle of each token and pair of dimensions, float32 [..., tokens, pairs].
-        stays: which tokens do not move, bool [..., tokens].
+        stays: which tokens do not move, bool [..., tokens]; None: every one moves.
     """
 
     rope: Rope
     cosine: torch.Tensor
     sine: torch.Tensor
-    stays: torch.Tensor
+    stays: torch.Tensor | None
 
-    def of(self, keys: torch.Tensor) -> torch.Tensor:
-        """Those tokens' keys where they stand now; see `moved`."""
+    def apply(self, keys: torch.Tensor) -> None:
+        """Put those tokens' keys [..., tokens, head_dim] where they stand now, in place; see `moved`."""
         if keys.shape[-1] < self.rope.rotary_dims:
             raise ValueError(f"heads of {keys.shape[-1]} dimensions, of which {self.rope.rotary_dims} are rotated")
         if not self.rope.rotates:
-            return keys
-        first, second = _pairs(keys.float(), self.rope)
-        result = keys.clone()
-        new_first, new_second = _pairs(result, self.rope)
-        new_first.copy_(first * self.cosine - second * self.sine)
-        new_second.copy_(second * self.cosine + first * self.sine)
-        if not self.stays.any():
-            return result
-        return torch.where(self.stays[..., None], keys, result)  # 0 * inf and the sign of zero would not survive
+            return
+        first, second = _pairs(keys, self.rope)
+        one, other = first.float(), second.float()
+        new_first = (one * self.cosine).sub_(other * self.sine)
+        new_second = (other * self.cosine).add_(one * self.sine)
+        if self.stays is not None:
+            # 0 * inf and the sign of zero would not survive a rotation by nothing.
+            new_first = torch.where(self.stays[..., None], first, new_first.to(keys.dtype))
+            new_second = torch.where(self.stays[..., None], second, new_second.to(keys.dtype))
+        first.copy_(new_first)
+        second.copy_(new_second)
+
+    def at(self, place: int) -> Turn:
+        """The part of it at a place of its first dimension."""
+        stays = None if self.stays is None else self.stays[place]
+        return Turn(self.rope, self.cosine[place], self.sine[place], stays)
+
+    def transposed(self) -> Turn:
+        """The same, faster for keys of which a dimension's tokens lie next to each other in memory."""
+        cosine, sine = (part.mT.contiguous().mT for part in (self.cosine, self.sine))
+        return Turn(self.rope, cosine, sine, self.stays)
 
 
 def turn_between(rope: Rope, *, computed_at: torch.Tensor, now_at: torch.Tensor) -> Turn:
@@ -49,7 +61,8 @@ def turn_between(rope: Rope, *, computed_at: torch.Tensor, now_at: torch.Tensor)
     before = computed_at[..., None].float() * inverse
     after = now_at[..., None].float() * inverse
     angle = after.double() - before.double()
-    return Turn(rope, angle.cos().float(), angle.sin().float(), computed_at == now_at)
+    stays = computed_at == now_at
+    return Turn(rope, angle.cos().float(), angle.sin().float(), stays if bool(stays.any()) else None)
 
 
 def moved(keys: torch.Tensor, rope: Rope, *, computed_at: torch.Tensor, now_at: torch.Tensor) -> torch.Tensor:
@@ -63,12 +76,14 @@ def moved(keys: torch.Tensor, rope: Rope, *, computed_at: torch.Tensor, now_at: 
         now_at: the same: where it stands now.
 
     Returns:
-        A new tensor of the same shape and dtype, or `keys` itself where no key carries a position.
+        A new tensor of the same shape and dtype.
 
     Raises:
         ValueError: the head is smaller than what is rotated.
     """
-    return turn_between(rope, computed_at=computed_at.to(keys.device), now_at=now_at.to(keys.device)).of(keys)
+    result = keys.clone()
+    turn_between(rope, computed_at=computed_at.to(keys.device), now_at=now_at.to(keys.device)).apply(result)
+    return result
 
 
 def _pairs(keys: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from kvservice_adapters.positions import Rope, UnsupportedPositions, turn_between
+from kvservice_adapters.positions import Rope, Turn, UnsupportedPositions, turn_between
 
 _BLOCKS_AT_ONCE = 32
 _SPLIT_BACKENDS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"})
@@ -29,28 +29,41 @@ CacheWriter = Callable[[torch.Tensor, torch.Tensor], None]
 class LayerKeys(Protocol):
     """The keys of one layer's tensor."""
 
-    def read(self, kernel_blocks: torch.Tensor) -> torch.Tensor:
-        """A copy of these blocks' keys: [blocks, kv_heads, tokens, head_dim]."""
-        ...
-
-    def write(self, kernel_blocks: torch.Tensor, keys: torch.Tensor) -> None:
-        """Put them back."""
+    def turn(self, kernel_blocks: Sequence[int], turn: Turn) -> None:
+        """Turn these blocks' keys in place; the turn's first dimension is theirs, its second that of heads."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StridedKeys:
-    """Keys that a view shows in order: [kernel blocks, kv_heads, tokens, head_dim]."""
+    """Keys that a view shows in order, in host memory: block by block, without a copy.
+
+    Attributes:
+        view: [kernel blocks, kv_heads, tokens, head_dim].
+    """
 
     view: torch.Tensor
 
-    def read(self, kernel_blocks: torch.Tensor) -> torch.Tensor:
+    def turn(self, kernel_blocks: Sequence[int], turn: Turn) -> None:
         """See LayerKeys."""
-        return self.view[kernel_blocks]
+        if self.view.stride(-2) < self.view.stride(-1):
+            turn = turn.transposed()
+        for at, block in enumerate(kernel_blocks):
+            turn.at(at).apply(self.view[block])
 
-    def write(self, kernel_blocks: torch.Tensor, keys: torch.Tensor) -> None:
+
+@dataclass(frozen=True, slots=True)
+class GatheredKeys:
+    """The same on a device, where many small operations cost more than a copy: all blocks at once."""
+
+    view: torch.Tensor
+
+    def turn(self, kernel_blocks: Sequence[int], turn: Turn) -> None:
         """See LayerKeys."""
-        self.view[kernel_blocks] = keys
+        chosen = torch.tensor(kernel_blocks, device=self.view.device)
+        keys = self.view[chosen]
+        turn.apply(keys)
+        self.view[chosen] = keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +78,20 @@ class PackedKeys:
     flat: torch.Tensor
     places: torch.Tensor
 
-    def read(self, kernel_blocks: torch.Tensor) -> torch.Tensor:
+    def turn(self, kernel_blocks: Sequence[int], turn: Turn) -> None:
         """See LayerKeys."""
-        return self.flat[kernel_blocks][..., self.places]
-
-    def write(self, kernel_blocks: torch.Tensor, keys: torch.Tensor) -> None:
-        """See LayerKeys."""
-        whole = self.flat[kernel_blocks]
+        chosen = torch.tensor(kernel_blocks)
+        whole = self.flat[chosen]
+        keys = whole[..., self.places]
+        turn.apply(keys)
         whole[..., self.places] = keys
-        self.flat[kernel_blocks] = whole
+        self.flat[chosen] = whole
 
 
-def split_keys(tensor: torch.Tensor, head_dim: int) -> StridedKeys:
+def split_keys(tensor: torch.Tensor, head_dim: int) -> LayerKeys:
     """The keys of a GPU backend's tensor, whatever its strides."""
-    return StridedKeys(tensor[..., :head_dim])
+    view = tensor[..., :head_dim]
+    return StridedKeys(view) if tensor.device.type == "cpu" else GatheredKeys(view)
 
 
 def packed_keys(tensor: torch.Tensor, places: torch.Tensor) -> LayerKeys:
@@ -173,22 +186,21 @@ class KeyTurner:
         if self._rope.rotates:
             for start in range(0, len(shifted), _BLOCKS_AT_ONCE):
                 chosen = shifted[start : start + _BLOCKS_AT_ONCE]
-                self._turn(*(self._chosen(of, chosen) for of in (block_ids, places, shifts_tokens)))
+                kernel_blocks = [
+                    block_ids[at] * self._kernel_blocks + part for at in chosen for part in range(self._kernel_blocks)
+                ]
+                turn = self._turn_of([places[at] for at in chosen], [shifts_tokens[at] for at in chosen])
+                for layer in self._layers:
+                    layer.turn(kernel_blocks, turn)
         if self._device.type == "cuda":
             # This thread's stream: the blocks are not handed to the engine before their keys are right.
             torch.cuda.current_stream(self._device).synchronize()
         return len(shifted)
 
-    def _chosen(self, of: Sequence[int], at: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([of[position] for position in at], device=self._device)
-
-    def _turn(self, block_ids: torch.Tensor, places: torch.Tensor, shifts_tokens: torch.Tensor) -> None:
-        inside = torch.arange(self._kernel_blocks, device=self._device)
-        kernel_ids = (block_ids[:, None] * self._kernel_blocks + inside).flatten()
-        kernel_places = (places[:, None] * self._kernel_blocks + inside).flatten()
-        token = torch.arange(self._kernel_tokens, device=self._device)
-        now_at = kernel_places[:, None, None] * self._kernel_tokens + token
-        shift = shifts_tokens.repeat_interleave(self._kernel_blocks)[:, None, None]
-        turn = turn_between(self._rope, computed_at=now_at - shift, now_at=now_at)
-        for layer in self._layers:
-            layer.write(kernel_ids, turn.of(layer.read(kernel_ids)))
+    def _turn_of(self, places: Sequence[int], shifts_tokens: Sequence[int]) -> Turn:
+        """Of these blocks' kernel blocks: [kernel blocks, 1, tokens]."""
+        parts, tokens = self._kernel_blocks, self._kernel_tokens
+        first = torch.tensor(places, device=self._device) * (parts * tokens)
+        now_at = first[:, None] + torch.arange(parts * tokens, device=self._device)
+        computed_at = now_at - torch.tensor(shifts_tokens, device=self._device)[:, None]
+        return turn_between(self._rope, computed_at=computed_at.view(-1, 1, tokens), now_at=now_at.view(-1, 1, tokens))

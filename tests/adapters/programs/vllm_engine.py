@@ -196,7 +196,7 @@ class Engine:
 
     def leave_keys(self) -> None:
         """Loaded keys are not turned from now on, though their blocks count as loaded."""
-        self._replace(self._worker()._loads._keys, "_turn", lambda *_: None)
+        self._replace(self._worker()._loads._keys, "_layers", ())
 
     def heal(self) -> None:
         """End every fault."""
