@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,9 +15,10 @@ from tests.adapters.vllm_scenes import (
     answer,
     computed_before,
     prompt,
+    two_tiers,
     wait_attached,
 )
-from tests.daemons import MIB, DaemonProcess
+from tests.daemons import DaemonProcess
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
 
@@ -93,14 +93,7 @@ def test_two_engines_in_two_processes_share_what_either_computed(
 def test_ten_turns_across_restarts_of_engine_and_daemon_compute_only_what_is_new(
     vllm: VllmEngine, model_dir: Path, tmp_path: Path
 ) -> None:
-    knobs: dict[str, Any] = {
-        "dram_bytes": 64 * MIB,
-        "nvme_dirs": tmp_path / "nvme",
-        "nvme_bytes": 512 * MIB,
-        "nvme_segment_bytes": 16 * MIB,
-        "nvme_write_behind_s": 0.1,
-    }
-    with DaemonProcess(tmp_path / "s", **knobs) as daemon:
+    with DaemonProcess(tmp_path / "s", **two_tiers(tmp_path / "nvme")) as daemon:
         vllm.open_attached(model_dir, daemon)
         history = prompt(3)
         held_tokens = 0

@@ -16,8 +16,8 @@ from kvservice_adapters.positions import Rope
 from kvservice_adapters.positions import moved as once
 from tests.adapters.conftest import TINY
 from tests.adapters.vllm_engine import TOKENS_PER_BLOCK, VllmEngine
-from tests.adapters.vllm_scenes import ANSWER_TOKENS, answer, prompt, wait_attached
-from tests.daemons import MIB, DaemonProcess
+from tests.adapters.vllm_scenes import ANSWER_TOKENS, answer, prompt, two_tiers, wait_attached
+from tests.daemons import DaemonProcess
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
 
@@ -270,14 +270,7 @@ def test_a_cut_that_is_not_between_blocks_is_rounded_to_what_is_and_told(engine:
 def test_a_truncated_session_outlives_the_daemon_and_its_time_on_nvme(
     vllm: VllmEngine, model_dir: Path, tmp_path: Path
 ) -> None:
-    knobs: dict[str, Any] = {
-        "dram_bytes": 64 * MIB,
-        "nvme_dirs": tmp_path / "nvme",
-        "nvme_bytes": 512 * MIB,
-        "nvme_segment_bytes": 16 * MIB,
-        "nvme_write_behind_s": 0.1,
-    }
-    with DaemonProcess(tmp_path / "s", **knobs) as daemon:
+    with DaemonProcess(tmp_path / "s", **two_tiers(tmp_path / "nvme")) as daemon:
         vllm.open_attached(model_dir, daemon)
         talk = overflown(vllm, "outlives")
         for _ in range(2):

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from tests.adapters.vllm_engine import TOKENS_PER_BLOCK, VllmEngine
+from tests.daemons import MIB
 from tests.waiting import eventually
 
 PROMPT_TOKENS, ANSWER_TOKENS = 300, 24
 HELD_TOKENS = PROMPT_TOKENS // TOKENS_PER_BLOCK * TOKENS_PER_BLOCK
 """Of a prompt that was computed before: its full blocks."""
 TAIL_TOKENS = PROMPT_TOKENS - HELD_TOKENS
+
+
+def two_tiers(nvme_dir: Path) -> dict[str, Any]:
+    """Knobs of a daemon that writes everything behind at once."""
+    return {
+        "dram_bytes": 64 * MIB,
+        "nvme_dirs": nvme_dir,
+        "nvme_bytes": 512 * MIB,
+        "nvme_segment_bytes": 16 * MIB,
+        "nvme_write_behind_s": 0.1,
+    }
 
 
 def prompt(seed: int | str = 0, tokens: int = PROMPT_TOKENS) -> list[int]:
