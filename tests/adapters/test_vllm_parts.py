@@ -136,16 +136,17 @@ def test_speed_is_measured_where_there_is_enough_to_measure() -> None:
 
 
 class Answers:
-    """A client whose lookups are answered from a list; the last answer stays."""
+    """A client whose lookups are answered from a list of (blocks to load, in DRAM); the last answer stays."""
 
-    def __init__(self, *answers: tuple[int, int]) -> None:
+    def __init__(self, *answers: tuple[int, int], held: int = 0) -> None:
         self._answers = list(answers)
+        self._held = held
         self.prefetched = 0
 
     def plan_load(self, hashes: Sequence[bytes], *, prefill_tokens_per_s: float, deadline_s: float) -> kv.LoadPlan:
         blocks, in_dram = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         blocks = min(blocks, len(hashes))
-        return kv.LoadPlan(blocks, blocks, in_dram)
+        return kv.LoadPlan(blocks, max(blocks, min(self._held, len(hashes))), in_dram)
 
     def prefetch(self, hashes: Sequence[bytes], *, session_id: str, request_id: str) -> kv.PrefetchResult:
         self.prefetched += 1
@@ -209,6 +210,15 @@ def test_what_is_not_due_yet_is_neither_fetched_nor_waited_for() -> None:
     slow = Answers((6, 2), (6, 6))
     held = asked(slow, is_due=False)
     assert (held.blocks, held.is_ready, slow.prefetched) == (6, False, 0)
+
+
+def test_what_is_not_worth_loading_is_asked_for_again_when_it_is_due() -> None:
+    """The queue may have had it fetched by then."""
+    early = asked(Answers((0, 0), held=6), is_due=False)
+    assert (early.blocks, early.held_blocks, early.is_early) == (0, 6, True)
+    due = asked(Answers((0, 0), held=6), Answers((9, 9)))
+    assert (due.blocks, due.held_blocks, due.is_early) == (0, 6, False)
+    assert not asked(Answers((6, 2)), is_due=False).is_early, "all that is held is to be loaded"
 
 
 def test_blocks_that_do_not_come_in_time_are_left_out() -> None:

@@ -26,6 +26,7 @@ PATIENT: dict[str, Any] = {
     "attach_wait_s": 30.0,
     "load_timeout_s": 60.0,
     "save_timeout_s": 60.0,
+    "recompute_if_faster": False,
 }
 """Options of the adapter with which a busy machine does not decide whether a block is reused."""
 

@@ -35,7 +35,7 @@ class AdapterOptions:
     # A load that takes longer is recomputed: it would not have been worth waiting for.
     load_deadline_s: float = 5.0
     # Compute what is held where that is faster than loading it, by measured speeds. Off: load whatever is held.
-    recompute_if_faster: bool = False
+    recompute_if_faster: bool = True
     # How long a load waits for this process's own saves of the same blocks.
     settle_timeout_s: float = 0.5
     attach_timeout_s: float = 5.0

@@ -54,17 +54,26 @@ class Held:
 
     Attributes:
         blocks: leading blocks to load: those that every rank holds, in any tier, as far as loading is worth it.
+        held_blocks: those that every rank holds.
         ready_blocks: of these, how many lead in DRAM on every rank.
         asked_blocks: length of the chain that was asked for.
+        is_due: whether the request could start then; before, what is not worth loading now may come ahead of its turn.
         at_s: when it was given, on the monotonic clock.
         kept: of a truncated request: how many of the blocks that were kept are held under its names, and why no more.
     """
 
     blocks: int
+    held_blocks: int
     ready_blocks: int
     asked_blocks: int
+    is_due: bool
     at_s: float
     kept: KeptHeld | None = None
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it would say more now that the request's turn has come."""
+        return not self.is_due and self.blocks < self.held_blocks
 
     @property
     def is_ready(self) -> bool:
@@ -188,7 +197,8 @@ class Lookups:
             except Exception as error:  # noqa: BLE001  # the thread must outlive whatever one lookup met: it is a miss
                 _log.exception("a lookup failed in an unexpected way")
                 self._counters.add("hook_errors", reason=type(error).__name__)
-                question.answer, question.is_settled = Held(0, 0, len(question.hashes), self._clock()), True
+                self._answer(question, blocks=0, held=0, ready=0)
+                question.is_settled = True
             with self._changed:
                 self._changed.notify_all()
 
@@ -210,30 +220,33 @@ class Lookups:
     def _find_out(self, question: _Question) -> None:
         if question.kept is not None and question.kept_held is None:
             question.kept_held = self._name_kept(question, question.kept)
-        blocks = ready = len(question.hashes)
+        blocks = held = ready = len(question.hashes)
         for client in self._clients:
             found = client.plan_load(
-                question.hashes[:blocks],
+                question.hashes[:held],
                 prefill_tokens_per_s=self._speed.tokens_per_s,
                 deadline_s=self._call_timeout_s,
             )
             if found.reason not in _ANSWERS:
                 self._counters.add("failed_lookups", reason=found.reason.value)
-            blocks, ready = min(blocks, found.blocks), min(ready, found.dram_blocks)
-            if blocks == 0:
+            blocks, held, ready = min(blocks, found.blocks), min(held, found.held_blocks), min(ready, found.dram_blocks)
+            if held == 0:
                 break
         ready = min(ready, blocks)
-        now_s = self._clock()
-        asked, kept = len(question.hashes), question.kept_held
-        if ready < blocks and not question.is_due:
-            question.answer, question.is_settled = Held(blocks, ready, asked, now_s, kept), True
-            return
-        if ready < blocks and now_s < question.ends_at_s:
-            self._promote(question, blocks, now_s)
-            question.answer = Held(blocks, ready, asked, now_s, kept)
-            return
-        # What has not come by now is recomputed rather than waited for.
-        question.answer, question.is_settled = Held(ready, ready, asked, now_s, kept), True
+        if ready < blocks and question.is_due:
+            now_s = self._clock()
+            if now_s < question.ends_at_s:
+                self._promote(question, blocks, now_s)
+                self._answer(question, blocks=blocks, held=held, ready=ready)
+                return
+            blocks = ready  # what has not come by now is recomputed rather than waited for
+        self._answer(question, blocks=blocks, held=held, ready=ready)
+        question.is_settled = True
+
+    def _answer(self, question: _Question, *, blocks: int, held: int, ready: int) -> None:
+        question.answer = Held(
+            blocks, held, ready, len(question.hashes), question.is_due, self._clock(), question.kept_held
+        )
 
     def _name_kept(self, question: _Question, kept: Kept) -> KeptHeld:
         """Have every rank's kept blocks named as the request names them."""

@@ -19,8 +19,8 @@ class AdapterOptions:
         attach_wait_s: how long the engine's start waits for a daemon; without one everything is a miss until it comes.
         lookup_wait_s: how long a request waits for the answer to its lookup before it is computed.
         promotion_wait_s: how long it waits for blocks that are on their way from NVMe to DRAM.
-        recompute_if_faster: compute what is held where that is faster than loading it, by measured speeds. Off: load
-            whatever is held, which leaves the processor to others.
+        recompute_if_faster: compute what is held where that is faster than loading it, by measured speeds; until the
+            engine's is known, load. Off: load whatever is held, which leaves the processor to others.
         load_timeout_s: how long a load may take before its blocks are computed instead.
         save_timeout_s: how long one save may take before it is given up.
         saves_waiting_max: saves (one per request and step) that may wait; further ones are dropped.
@@ -34,7 +34,7 @@ class AdapterOptions:
     attach_wait_s: float = 1.0
     lookup_wait_s: float = 0.2
     promotion_wait_s: float = 2.0
-    recompute_if_faster: bool = False
+    recompute_if_faster: bool = True
     load_timeout_s: float = 10.0
     save_timeout_s: float = 10.0
     saves_waiting_max: int = 256

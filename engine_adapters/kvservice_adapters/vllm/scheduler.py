@@ -119,7 +119,7 @@ class SchedulerHalf:
             return 0, False
         held = self._lookups.answer(request.request_id)
         # An answer about fewer blocks is one of before a preemption: what was computed since may be there as well.
-        is_open = held is None or held.asked_blocks < len(tracked.hashes)
+        is_open = held is None or held.asked_blocks < len(tracked.hashes) or held.is_early
         if is_open and not self._lookups.is_pending(request.request_id):
             self._ask(tracked)
         if held is None or is_open:

@@ -59,6 +59,7 @@ class Engine:
         self._llm: LLM | None = None
         self._scheduled: Counter[str] = Counter()
         self._preempted = 0
+        self._ended: dict[str, dict[str, Any]] = {}
         self._counts: Counter[str] = Counter()
         self._faults: list[tuple[Any, str, Any]] = []
         self._blocks: dict[int, int] = {}
@@ -131,6 +132,33 @@ class Engine:
         for _ in range(steps):
             engine.step()
         engine.abort_request(["aborted"])
+
+    def start(self, request: str, prompt: list[int], tokens: int) -> None:
+        """Add a request and step until it runs."""
+        self.add({request: prompt}, tokens)
+        while not self._computed(request):
+            self._step()
+
+    def add(self, prompts: dict[str, list[int]], tokens: int) -> None:
+        """Add requests, the first to start first; they wait until the next step."""
+        for request, prompt in prompts.items():
+            self._engine().add_request(request, {"prompt_token_ids": prompt}, self._sampling(tokens, None))
+
+    def step(self) -> None:
+        """One step of the engine, which tells the daemon of its queue."""
+        self._step()
+
+    def cancel(self, requests: list[str]) -> None:
+        """Abort requests and step, so that the daemon is told."""
+        self._engine().abort_request(requests)
+        self._step()
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Step until every request has ended; how each ended, by its name."""
+        while self._engine().has_unfinished_requests():
+            self._step()
+        ended, self._ended = self._ended, {}
+        return ended
 
     def drop_cache(self) -> None:
         """The engine forgets what it computed, as in a restart; the store does not."""
@@ -293,6 +321,12 @@ class Engine:
         return order
 
     # --------------------------------------------------------------- privately
+
+    def _step(self) -> None:
+        for output in self._engine().step():
+            if output.finished:
+                tokens = list(output.outputs[0].token_ids)
+                self._ended[output.request_id] = {"tokens": tokens, "cached": output.num_cached_tokens}
 
     def _sampling(self, tokens: int, params: dict[str, Any] | None) -> SamplingParams:
         extra = {"kv_transfer_params": params} if params else None
