@@ -126,9 +126,9 @@ def test_a_burst_on_vllm_is_fetched_before_its_requests_start(
     vllm.do("drop_cache")
     vllm.do("start", request="running", prompt=prompt("running"), tokens=200)
     vllm.do("add", prompts=resumed | cancelled, tokens=12)
-    vllm.do("step")
+    vllm.do("step", cancelled=[])
     eventually(lambda: slow_disk.series("kvservice_queued_requests") == BURST + CANCELLED)
-    vllm.do("cancel", requests=list(cancelled))
+    vllm.do("step", cancelled=list(cancelled))
     eventually(lambda: slow_disk.series("kvservice_queued_requests") == BURST)
     blocks = BURST * HELD_TOKENS // TOKENS_PER_BLOCK
     eventually(lambda: slow_disk.series("kvservice_prefetch_window_dram_blocks") == blocks)

@@ -66,8 +66,6 @@ class Engine:
         """Of the last request that was alone: the engine's block at each place that was loaded or saved."""
         self._count()
 
-    # -------------------------------------------------------------------- life
-
     def open(self, **arguments: Any) -> None:
         """Start an engine; the one before it must be closed."""
         assert self._llm is None, "one engine at a time"
@@ -89,8 +87,6 @@ class Engine:
         self._llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
-
-    # ---------------------------------------------------------------- requests
 
     def generate(
         self,
@@ -127,38 +123,34 @@ class Engine:
 
     def abort(self, prompt: list[int], steps: int) -> None:
         """Begin a request and abort it after some steps of the engine."""
-        engine = self._engine()
-        engine.add_request("aborted", {"prompt_token_ids": prompt}, self._sampling(200, None))
+        self.add({"aborted": prompt}, 200)
         for _ in range(steps):
-            engine.step()
-        engine.abort_request(["aborted"])
+            self.step([])
+        self._engine().abort_request(["aborted"])
 
     def start(self, request: str, prompt: list[int], tokens: int) -> None:
         """Add a request and step until it runs."""
         self.add({request: prompt}, tokens)
         while not self._computed(request):
-            self._step()
+            self.step([])
 
     def add(self, prompts: dict[str, list[int]], tokens: int) -> None:
         """Add requests, the first to start first; they wait until the next step."""
         for request, prompt in prompts.items():
             self._engine().add_request(request, {"prompt_token_ids": prompt}, self._sampling(tokens, None))
 
-    def step(self) -> None:
-        """One step of the engine, which tells the daemon of its queue."""
-        self._step()
-
-    def cancel(self, requests: list[str]) -> None:
-        """Abort requests and step, so that the daemon is told."""
-        self._engine().abort_request(requests)
-        self._step()
+    def step(self, cancelled: list[str]) -> None:
+        """Abort these requests and go one step, which tells the daemon of the queue."""
+        self._engine().abort_request(cancelled)
+        for one in self._engine().step():
+            if one.finished:
+                self._ended[one.request_id] = {"tokens": [*one.outputs[0].token_ids], "cached": one.num_cached_tokens}
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Step until every request has ended; how each ended, by its name."""
         while self._engine().has_unfinished_requests():
-            self._step()
-        ended, self._ended = self._ended, {}
-        return ended
+            self.step([])
+        return self._ended
 
     def drop_cache(self) -> None:
         """The engine forgets what it computed, as in a restart; the store does not."""
@@ -176,8 +168,6 @@ class Engine:
         while self._scheduler().has_requests():
             assert time.monotonic() < ends_at_s, "requests do not end"
             self._engine().step()
-
-    # ------------------------------------------------------------------ faults
 
     def fail(self, rpc: str) -> None:
         """From now on nobody answers that call, of either half."""
@@ -235,8 +225,6 @@ class Engine:
     def _replace(self, owner: Any, name: str, by: Any) -> None:
         self._faults.append((owner, name, getattr(owner, name)))
         setattr(owner, name, by)
-
-    # ----------------------------------------------------------------- looking
 
     def counts(self) -> dict[str, float]:
         """What the adapter counted since the engine was opened."""
@@ -319,14 +307,6 @@ class Engine:
         order = [tracked.request_id.split("-")[0] for tracked in self._connector()._scheduler.requests.in_order()]
         engine.abort_request([f"w{position}" for position in range(len(prompts))])
         return order
-
-    # --------------------------------------------------------------- privately
-
-    def _step(self) -> None:
-        for output in self._engine().step():
-            if output.finished:
-                tokens = list(output.outputs[0].token_ids)
-                self._ended[output.request_id] = {"tokens": tokens, "cached": output.num_cached_tokens}
 
     def _sampling(self, tokens: int, params: dict[str, Any] | None) -> SamplingParams:
         extra = {"kv_transfer_params": params} if params else None
