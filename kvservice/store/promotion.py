@@ -172,9 +172,9 @@ class Promotion:
 
     def _read(self, disk: Disk, namespace: Namespace, jobs: Sequence[ReadJob]) -> _Read:
         """In a thread: the blocks of one transfer."""
-        started_s = time.monotonic()
-        disk.throttle.wait(sum(len(job.memory) for job in jobs))
         try:
+            disk.throttle.wait(sum(len(job.memory) for job in jobs))
+            started_s = time.monotonic()  # now: a disk that is held back is not a slow one
             with disk.health.working(len(jobs) * namespace.stride_bytes):
                 results = disk.volume.read(namespace.spec, jobs)
         finally:

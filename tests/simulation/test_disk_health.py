@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvservice.blocks import NO_EXTENT, DropReason, Tier
+from kvservice.nvme import Throttle
 from kvservice.service import getting
 from kvservice.store import disk_health, explain
 from kvservice.store.arrivals import Landing
@@ -157,6 +158,19 @@ def test_a_disk_that_cannot_be_read_is_offline_until_it_can(
             files.errors.clear()
             await keep_up_until(node, DiskState.ONLINE)
             assert await node.load(chain("c0", 6)) == 6, "nothing was lost"
+
+    asyncio.run(scenario())
+
+
+def test_a_disk_that_is_held_back_is_not_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_health, "_SLOW_FACTOR", 0.0)  # two seconds are too long whatever was usual
+
+    async def scenario() -> None:
+        async with running(tmp_path) as node:
+            await save_many(node)
+            node.store.disks.disks[0].throttle = Throttle(8 * 1024)  # 20 KiB in one transfer: 2.5 s
+            assert await node.load(chain("c0", 6)) == 6
+            assert state(node) is DiskState.ONLINE
 
     asyncio.run(scenario())
 
