@@ -68,6 +68,8 @@ FIGURES: Sequence[Figure] = (
     Figure("loop_stall_ratio", "recovery", Direction.AT_MOST, 3),
     Figure("vllm_cold_overhead", "vllm_reuse", Direction.AT_LEAST, 0.97),
     Figure("vllm_multi_turn_ttft_ratio", "vllm_reuse", Direction.AT_MOST, 0.5),
+    Figure("vllm_slow_disk_ttft_p50", "vllm_reuse", Direction.AT_MOST, 1.05),
+    Figure("vllm_slow_disk_ttft_p99", "vllm_reuse", Direction.AT_MOST, 1.05),
 )
 
 

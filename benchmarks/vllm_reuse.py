@@ -1,8 +1,9 @@
 """vllm_reuse: what the vLLM adapter costs where nothing is reused, and what it saves where conversations resume.
 
-Two real `vllm serve`, one with the adapter and one without, answer the same load by turns, on the CPU. Both have vLLM's
-own prefix caching on; their caches are too small for the working set, as a busy engine's is. Requests go one at a time,
-so that times are those of requests and not of queues.
+Real `vllm serve`, with the adapter and without, answer the same load by turns, on the CPU. All have vLLM's own prefix
+caching on; their caches are too small for the working set, as a busy engine's is. Requests go one at a time, so that
+times are those of requests and not of queues. A third server's daemon has little DRAM and a disk that is held back: it
+must not make a resumed turn slower than computing it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from benchmarks.vllm_server import VENV, VllmServer, is_installed, transfer_conf
 from kvservice.demo.model import ModelShape
 
 _ARENA_BYTES = 1 << 30
+_SLOW_ARENA_BYTES, _SLOW_NVME_BYTES = 64 << 20, 1 << 30  # of the four conversations' 120 MB at least half are on disk
+_SLOW_BYTES_PER_S = 50_000_000
 _MEMORY_TIMEOUT_S, _POLL_S = 120.0, 0.5
 # 4,800 tokens: two histories and a bit, where four conversations take turns.
 _FLAGS = ("--dtype", "float32", "--max-model-len", "4096", "--num-gpu-blocks-override", "150")
@@ -35,7 +38,7 @@ _CONVERSATIONS, _TURNS, _HISTORY_WORDS = 4, 4, 400  # a token per byte: 2,000 to
 
 
 def measure(settings: Settings) -> Iterator[Record]:
-    """vllm_cold_overhead (tokens per second, with over without) and vllm_multi_turn_ttft_ratio. Minutes.
+    """vllm_cold_overhead (tokens per second, with over without), vllm_multi_turn_ttft_ratio, vllm_slow_disk_*. Minutes.
 
     Raises:
         Skipped: vLLM is not installed.
@@ -47,7 +50,19 @@ def measure(settings: Settings) -> Iterator[Record]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvservice-bench-")))
         write_chat_model(folder / "model", ModelShape())
         daemon = stack.enter_context(running_daemon(dram_bytes=_ARENA_BYTES))
-        transfers = {"with": transfer_config(socket_dir=daemon.socket_dir), "without": None}
+        slow = stack.enter_context(
+            running_daemon(
+                dram_bytes=_SLOW_ARENA_BYTES,
+                nvme_dirs=folder / "nvme",
+                nvme_bytes=_SLOW_NVME_BYTES,
+                nvme_bytes_per_s_max=_SLOW_BYTES_PER_S,
+            )
+        )
+        transfers = {
+            "with": transfer_config(socket_dir=daemon.socket_dir),
+            "slow disk": transfer_config(socket_dir=slow.socket_dir),
+            "without": None,
+        }
         servers = {
             name: stack.enter_context(
                 VllmServer(
@@ -61,8 +76,8 @@ def measure(settings: Settings) -> Iterator[Record]:
         urls = {name: server.url for name, server in servers.items()}
         _warm(urls)
         _await_memory(daemon.socket_dir)
-        yield _cold(urls, settings.repetitions)
-        yield _resumed(urls, settings.repetitions)
+        yield _cold({name: urls[name] for name in ("with", "without")}, settings.repetitions)
+        yield from _resumed(urls, settings.repetitions)
 
 
 def _warm(urls: Mapping[str, str]) -> None:
@@ -98,22 +113,27 @@ def _cold(urls: Mapping[str, str], repetitions: int) -> Record:
     return Record.compared("vllm_cold_overhead", with_adapter, "tokens/s", without)
 
 
-def _resumed(urls: Mapping[str, str], repetitions: int) -> Record:
+def _resumed(urls: Mapping[str, str], repetitions: int) -> Iterator[Record]:
     """Conversations by turns, so that each has left the engine's cache when it is resumed."""
     times: dict[str, list[float]] = {name: [] for name in urls}
-    reused = 0
+    reused = dict.fromkeys(urls, 0)
     for repetition in range(max(1, repetitions // 3)):
         seed = 1000 + repetition
         load = generated(conversations=_CONVERSATIONS, turns=_TURNS, first_words=_HISTORY_WORDS, words=20, seed=seed)
         for name in list(urls) if repetition % 2 else list(urls)[::-1]:
             report = _drive(urls[name], load, seed=seed)
             times[name] += [turn.ttft_s for turn in report.resumed]
-            reused += sum(turn.reused_tokens for turn in report.resumed) if name == "with" else 0
+            reused[name] += sum(turn.reused_tokens for turn in report.resumed)
             progress(f"  {name}:\n{report.table()}")
-    if not reused:
+    if not reused["with"]:
         raise RuntimeError("nothing was reused: this measures something else")
-    with_adapter, without = (percentile(sorted(times[name]), 0.5) for name in ("with", "without"))
-    return Record.compared("vllm_multi_turn_ttft_ratio", with_adapter * 1e6, "us", without * 1e6)
+    for figure, name, share in (
+        ("vllm_multi_turn_ttft_ratio", "with", 0.5),
+        ("vllm_slow_disk_ttft_p50", "slow disk", 0.5),
+        ("vllm_slow_disk_ttft_p99", "slow disk", 0.99),
+    ):
+        ours, without = (percentile(sorted(times[of]), share) for of in (name, "without"))
+        yield Record.compared(figure, ours * 1e6, "us", without * 1e6)
 
 
 def _drive(url: str, conversations: list[list[str]], *, seed: int) -> Report:
