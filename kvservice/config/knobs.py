@@ -10,14 +10,10 @@ from types import MappingProxyType
 from typing import Self
 
 from kvservice.config import checks, document, sources
+from kvservice.config.choices import ADMISSIONS, LOG_LEVELS, POLICIES
 from kvservice.config.fields import knob, knobs_of, table_knob
 from kvservice.config.sections import DRAM, EVICTION, LEASES, LIFECYCLE, LIMITS, NETWORK, NVME, SAVINGS, SOCKETS
 from kvservice.config.values import GIB, KIB, MIB, RULE_SETTINGS, NamespaceRule
-
-POLICIES = ("fifo", "lru", "lookahead", "predictive")
-"""Names of the eviction policies; the room `policies` implements each."""
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UID_MAX = 2**32 - 2
 
@@ -137,6 +133,13 @@ class Config:
         "Committed blocks are durable within about this time. Shorter: less is lost with the power. Longer: larger "
         "batches, fewer flushes.",
         at_least=0.01,
+    )
+    nvme_admission: str = knob(
+        "all",
+        NVME,
+        "Which committed blocks are written. all: every one. reused: only when a request uses it again while it is in "
+        "DRAM; far fewer writes (docs/policies.md), but what nobody used again is lost at a restart.",
+        choices=ADMISSIONS,
     )
     nvme_queue_depth: int = knob(
         4,

@@ -40,7 +40,7 @@ from kvservice.demo.protocol import (
 from kvservice.demo.user_turns import make_turns
 from kvservice_adapters.service import KVClient
 from kvservice_adapters.serving import Request, Result, ServingLoop
-from kvservice_adapters.transformers import DrainOutcome, ServedModel, TransformersAdapter, serve_model
+from kvservice_adapters.transformers import AdapterOptions, DrainOutcome, ServedModel, TransformersAdapter, serve_model
 from kvservice_adapters.truncation import TruncationPolicy
 
 TOKENS_PER_BLOCK = 16
@@ -166,6 +166,8 @@ class Engine:
                 self._client,
                 tokens_per_block=TOKENS_PER_BLOCK,
                 weights_identity=arguments.weights_identity,
+                # What it shows is what resumes. A disk may well be slower than so small a model.
+                options=AdapterOptions(recompute_if_faster=False),
                 truncation=truncation,
             )
         self._loop = ServingLoop(

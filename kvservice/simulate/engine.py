@@ -72,17 +72,20 @@ class Simulation:
         block_tokens: int,
         queue_window: int,
         may_recompute: bool = False,
+        admission: str = "all",
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         """Args:
         queue_window: requests of the queue that the tiers are told of; -1: as many as wait.
         may_recompute: what is held is computed where the daemon's PlanLoad says that this is faster.
+        admission: which blocks are written to NVMe: one of the daemon's nvme_admission.
         """
         self._requests = {request.number: request for request in requests}
         self._speeds = speeds
         self._block_bytes, self._block_tokens = block_bytes, block_tokens
         self._queue_window = queue_window if policy in QUEUE_AWARE else 0
         self._may_recompute = may_recompute
+        self._admission = admission
         self._on_progress = on_progress
         self.outcome = Outcome(policy, self._queue_window, dram_blocks, nvme_blocks, gpus=speeds.gpus)
         self.tiers = Tiers(
@@ -197,6 +200,8 @@ class Simulation:
         self.outcome.hit_of(len(request.hashes), dram=dram, nvme=hits - dram)
         self.outcome.recomputed_blocks += hits - len(got)
         namespace.touch(got, now_s)
+        if self._admission == "reused":
+            self._movement.write_used(got, now_s)
         slots = namespace.index.slot[got]
         namespace.pool.hold(slots)
         return _Started(request, got, slots)
@@ -247,7 +252,8 @@ class Simulation:
         rows = self.tiers.store(hashes, now_s)
         if len(rows):
             self._told.stored([self.tiers.namespace.index.hash_of(row) for row in rows.tolist()])
-            self._movement.write_behind(rows, now_s)
+            if self._admission == "all":
+                self._movement.write_behind(rows, now_s)
 
     def _settle_decoding(self, now_s: float) -> None:
         """Count what was decoded since the last time, and let go of who is done."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvservice.config import parse_size
+from kvservice.config import ADMISSIONS, parse_size
 from kvservice.policies import POLICIES
 from kvservice.simulate.engine import QUEUE_AWARE, Speeds
 from kvservice.simulate.replay import ORACLE
@@ -33,6 +33,7 @@ class Options:
     block_tokens: int
     speeds: Speeds
     may_recompute: bool
+    admission: str
     workload: Workload
     requests_max: int
 
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dram-share", default=(), type=_each(float), metavar="SHARES", help="of the unique blocks, in place of --dram"
     )
     add("--nvme", default="0", type=_each(parse_size), metavar="SIZES", help="0: no such tier (default)")
+    add("--admission", default="all", choices=ADMISSIONS, help="what is written there: see nvme_admission")
     add("--untimed", action="store_true", help="replay blocks in the order of arrival, without time, queue or NVMe")
     add("--block-bytes", default="64MiB", type=parse_size, metavar="SIZE", help="of one block (default: %(default)s)")
     add("--block-tokens", default=0, type=int, metavar="TOKENS", help="512 for traces, 256 for generated (default)")
@@ -145,6 +147,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             nvme_bytes_per_s=arguments.nvme_gb_per_s * 1e9,
         ),
         may_recompute=arguments.may_recompute,
+        admission=arguments.admission,
         workload=Workload(
             conversations=arguments.conversations,
             per_second=arguments.per_second,

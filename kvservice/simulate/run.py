@@ -97,6 +97,7 @@ def _one(
         block_tokens=options.block_tokens,
         queue_window=window,
         may_recompute=options.may_recompute,
+        admission=options.admission,
         on_progress=show,
     )
     return simulation.run()

@@ -22,6 +22,7 @@ from kvservice.store.namespace import Namespace, Peer
 from kvservice.store.outcomes import Granted, Looked, Miss, PlannedLoad, Prefetched
 from kvservice.store.promotion import Promotion
 from kvservice.store.space import Space
+from kvservice.store.write_behind import WriteBehind
 from kvservice.transfers import Priority
 
 _REQUESTS_AHEAD_MAX = 4096
@@ -55,6 +56,7 @@ class Reading:
         disks: Disks,
         promotion: Promotion,
         journal: Journal,
+        write_behind: WriteBehind,
         *,
         clock: Callable[[], float],
     ) -> None:
@@ -64,6 +66,7 @@ class Reading:
         self._disks = disks
         self._promotion = promotion
         self._journal = journal
+        self._write_behind = write_behind
         self._clock = clock
         self._ahead: dict[tuple[int, str], list[tuple[Namespace, Arrival]]] = {}
 
@@ -242,6 +245,7 @@ class Reading:
         self._promotion.used(namespace, of_bytes)
         namespace.touch(rows, self._clock())
         namespace.index.uses[of_bytes] += 1
+        self._write_behind.used(namespace, of_bytes)
         if session_id:
             namespace.sessions.extend(session_key(session_id), rows, int(rows[-1]))
         self._journal.touched(namespace, of_bytes, session_id)

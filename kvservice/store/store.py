@@ -118,7 +118,9 @@ class Store:
         promotion = Promotion(self.disks, metrics, clock=clock)
         self.waiting = WaitingRequests(config, self._space, self.disks, metrics, clock=clock)
         self.prefetching = Prefetching(self.waiting, self._space, self.disks, promotion, clock=clock)
-        self._reading = Reading(config, self._holds, self._space, self.disks, promotion, self.journal, clock=clock)
+        self._reading = Reading(
+            config, self._holds, self._space, self.disks, promotion, self.journal, self.write_behind, clock=clock
+        )
         self._writing = Writing(
             config, self._holds, self._space, self.checksummer, self.write_behind, metrics, clock=clock
         )

@@ -82,11 +82,20 @@ class WriteBehind:
         return not self.pausing.is_set()
 
     def submit(self, namespace: Namespace, rows: Rows) -> None:
-        """These rows were committed. Never blocks."""
-        if self._disks.can_write:
+        """These rows were committed, or are worth writing now: those that are admitted will be. Never blocks."""
+        if self._config.nvme_admission == "reused":
+            rows = rows[namespace.index.uses[rows] > 0]
+        if self._disks.can_write and len(rows):
             namespace.index.dirty[rows] = True
             self._queue.append((time.monotonic(), namespace, rows))
             self._wake.set()
+
+    def used(self, namespace: Namespace, rows: Rows) -> None:
+        """A Get used the bytes of these rows (chain order): what was not admitted before may be now."""
+        if self._config.nvme_admission == "reused":
+            index = namespace.index
+            in_dram_only = (index.slot[rows] != NO_SLOT) & (index.extent[rows] == NO_EXTENT)
+            self.submit(namespace, rows[in_dram_only & ~index.dirty[rows]])
 
     def submit_missing(self, namespace: Namespace) -> None:
         """Queue every block that is in DRAM only: committed while no disk took any."""

@@ -64,7 +64,8 @@ def computed(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache | No
 def adapter_on(
     model: PreTrainedModel, service: KVClient | Path, salt: str, options: AdapterOptions | None = None
 ) -> TransformersAdapter:
-    """An adapter in the test's own namespace."""
+    """An adapter in the test's own namespace; by default no speed decides what it loads."""
+    options = options or AdapterOptions(recompute_if_faster=False)
     return TransformersAdapter(model, service, weights_identity=WEIGHTS, salt=salt, options=options)
 
 

@@ -56,7 +56,8 @@ def served(loop: ServingLoop) -> dict[str, Result]:
 
 
 def test_the_serving_loops_queue_is_fetched_before_its_turn(model: PreTrainedModel, slow_disk: DaemonProcess) -> None:
-    with TransformersAdapter(model, slow_disk.socket_dir, weights_identity="seeded") as adapter:
+    options = AdapterOptions(recompute_if_faster=False)
+    with TransformersAdapter(model, slow_disk.socket_dir, weights_identity="seeded", options=options) as adapter:
         loop = ServingLoop(model, adapter, rows=1, window_tokens=400)
         for request in asked():
             loop.submit(request)

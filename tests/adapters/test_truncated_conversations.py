@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 
 from kvservice_adapters.positions import UnsupportedPositions
 from kvservice_adapters.serving import Request, ServingLoop, WindowExceeded
-from kvservice_adapters.transformers import DrainOutcome, TransformersAdapter
+from kvservice_adapters.transformers import AdapterOptions, DrainOutcome, TransformersAdapter
 from kvservice_adapters.truncation import TruncationPolicy
 from tests.adapters.generating import ANSWER_TOKENS, TIMEOUT_S, TOKENS_PER_BLOCK, WEIGHTS, computed, generate, prompt
 from tests.daemons import DaemonProcess
@@ -27,7 +27,10 @@ SINKS = TruncationPolicy(window_tokens=WINDOW, sink_tokens=16)
 def adapter_on(
     model: PreTrainedModel, socket_dir: Path | str, salt: str, policy: TruncationPolicy | None = POLICY
 ) -> TransformersAdapter:
-    return TransformersAdapter(model, socket_dir, weights_identity=WEIGHTS, salt=salt, truncation=policy)
+    options = AdapterOptions(recompute_if_faster=False)  # no speed decides what it loads
+    return TransformersAdapter(
+        model, socket_dir, weights_identity=WEIGHTS, salt=salt, options=options, truncation=policy
+    )
 
 
 class Talk:

@@ -95,7 +95,7 @@ def test_who_is_terminated_takes_daemon_and_engines_along(tmp_path: Path) -> Non
             children = shown.children()
             running.terminate()
             assert running.wait(DEADLINE_S) == 130
-            assert not [child for child in children if child.is_running()]
+            eventually(lambda: not [child for child in children if child.is_running()])
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)

@@ -12,9 +12,10 @@ import random
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kvservice.blocks import DropReason
+from kvservice.blocks import NO_EXTENT, DropReason
 from kvservice.errors import CapacityExhausted
 from kvservice.queues import Entry, QueueDelta, QueueSnapshot
 from kvservice.store import explain
@@ -50,8 +51,10 @@ def overwrite(directory: Path, pattern: str) -> None:
         file.write_bytes(b"\x5a" * file.stat().st_size)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seed", "admission"), [*((seed, "all") for seed in range(6)), *((seed, "reused") for seed in range(6, 9))]
+)
+def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, admission: str, tmp_path: Path) -> None:
     chance, epochs = random.Random(seed), itertools.count(1)
 
     async def one_step(node: Node, lengths: dict[str, int]) -> None:
@@ -101,7 +104,7 @@ def test_whatever_happens_a_block_has_its_own_bytes_or_is_a_miss(seed: int, tmp_
         node.store.check()
 
     async def scenario() -> None:
-        node = Node(tmp_path)
+        node = Node(tmp_path, nvme_admission=admission)
         await node.start()
         lengths: dict[str, int] = {}
         for _ in range(STEPS):
@@ -131,6 +134,45 @@ def test_what_is_durable_is_found_again_with_its_recency_and_sessions(tmp_path: 
         await node.start()
         assert [await node.load(chain(f"c{number}", 6)) for number in range(10)] == [6, 6, 6, 0, 6, 6, 6, 6, 6, 6]
         await node.stop()
+
+    asyncio.run(scenario())
+
+
+def test_with_admission_of_what_is_reused_the_rest_is_never_written(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, nvme_admission="reused")
+        await node.start()
+        index = node.engine.namespace.index
+        for name in ("once", "twice"):
+            await node.engine.save(chain(name, 6))
+        await node.flush()
+        assert (index.extent == NO_EXTENT).all(), "nobody has used them again"
+        assert await node.load(chain("twice", 4)) == 4
+        await node.flush()
+        assert np.count_nonzero(index.extent != NO_EXTENT) == 4
+        for number in range(3):  # through 16 slots: what is in DRAM only leaves the store
+            await node.engine.save(chain(f"c{number}", 6))
+        assert [await node.load(chain(name, 6)) for name in ("once", "twice")] == [0, 4]
+        await node.flush()
+        await node.crash()
+        await node.start()
+        assert [await node.load(chain(name, 6)) for name in ("c2", "twice")] == [0, 4]
+        await node.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_was_reused_while_the_disk_was_offline_is_written_when_it_comes_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, nvme_admission="reused") as node:
+            node.store.disks.disks[0].health.fail("the test says so")
+            for name in ("once", "twice"):
+                await node.engine.save(chain(name, 6))
+            assert await node.load(chain("twice", 6)) == 6
+            node.store.disks.disks[0].health.come_back()
+            node.store.write_behind.submit_missing(node.engine.namespace)
+            await node.flush()
+            assert np.count_nonzero(node.engine.namespace.index.extent != NO_EXTENT) == 6
 
     asyncio.run(scenario())
 

@@ -145,6 +145,7 @@ def simulate(
     window: int = -1,
     speeds: Speeds = SPEEDS,
     may_recompute: bool = False,
+    admission: str = "all",
     **sizes: int,
 ) -> tuple[Simulation, Outcome]:
     simulation = Simulation(
@@ -157,6 +158,7 @@ def simulate(
         block_tokens=BLOCK_TOKENS,
         queue_window=window,
         may_recompute=may_recompute,
+        admission=admission,
     )
     return simulation, simulation.run()
 
@@ -166,7 +168,7 @@ def simulate(
 def test_every_request_is_served_once_and_the_books_agree(
     requests: list[Request], policy: str, sizes: dict[str, int]
 ) -> None:
-    simulation, outcome = simulate(requests, policy, speeds=SPEEDS, may_recompute=False, **sizes)
+    simulation, outcome = simulate(requests, policy, speeds=SPEEDS, may_recompute=False, admission="all", **sizes)
     simulation.tiers.check()
     assert len(outcome.ttft_s) == len(outcome.asked) == len(requests)
     # hits + misses = requested, and no more is missed or held than was asked for.
@@ -210,6 +212,16 @@ def test_a_request_does_not_wait_for_a_slow_disk_where_it_may_recompute(requests
     assert sum(choosing.ttft_s) < 0.9 * sum(loading.ttft_s)
     _, fast = simulate(requests, "lru", speeds=Speeds(nvme_bytes_per_s=1e12), may_recompute=True)
     assert fast.recomputed_blocks == 0, "nothing is faster than such a disk"
+
+
+def test_what_no_request_uses_again_is_not_written_where_only_the_reused_is(requests: list[Request]) -> None:
+    _, everything = simulate(requests, "lru", nvme_blocks=2_000)
+    simulation, reused = simulate(requests, "lru", nvme_blocks=2_000, admission="reused")
+    simulation.tiers.check()
+    assert 0 < reused.written_blocks < everything.written_blocks
+    once = list({request.hashes[0]: request for request in requests}.values())
+    _, never = simulate(once, "lru", nvme_blocks=2_000, admission="reused")
+    assert (sum(never.asked) > 0, never.written_blocks) == (True, 0)
 
 
 def test_a_policy_that_is_told_nothing_fetches_nothing_ahead(requests: list[Request]) -> None:
