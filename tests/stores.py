@@ -62,7 +62,6 @@ def small_config(**knobs: Any) -> Config:
         "dram_huge_pages": False,
         "lease_s": 30.0,
         "lease_s_max": 300.0,
-        "policy": "lru",  # whose order a reader of a test knows
     }
     return Config(**{**small, **knobs})
 

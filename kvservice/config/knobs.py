@@ -189,7 +189,7 @@ class Config:
         "label; 0 keeps them until their space is needed. A restart does not begin it anew.",
     )
     policy: str = knob(
-        "predictive",
+        "lru",
         EVICTION,
         "Order in which blocks leave, the deepest block of a chain before its prefix. lru: unused for longest first. "
         "fifo: stored first, for comparison. lookahead: lru, but what waiting requests need comes last, the end of the "

@@ -62,7 +62,7 @@ class NamespaceRule:
     dram_quota_bytes: int = 0
     nvme_quota_bytes: int = 0
     ttl_s: float = 0.0
-    policy: str = "predictive"
+    policy: str = "lru"
 
 
 RULE_SETTINGS = tuple(setting.name for setting in fields(NamespaceRule))

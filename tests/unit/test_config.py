@@ -207,7 +207,7 @@ def test_namespace_rules_take_the_first_match_and_fill_gaps_from_the_defaults(wr
     assert config.rule_for("llama-2").dram_quota_bytes == 1 << 20
     assert [config.rule_for(label).nvme_quota_bytes for label in ("llama-3 tp0", "llama-2")] == [1 << 40, 0]
     assert [config.rule_for(label).ttl_s for label in ("llama-3 tp0", "llama-2", "qwen")] == [3600.0, 60.0, 3600.0]
-    assert config.rule_for("qwen") == NamespaceRule(dram_quota_bytes=1 << 20, ttl_s=3600.0, policy="predictive")
+    assert config.rule_for("qwen") == NamespaceRule(dram_quota_bytes=1 << 20, ttl_s=3600.0, policy="lru")
     assert config.rule_for("LLAMA-2") == config.rule_for("qwen"), "labels are matched by case"
 
 
