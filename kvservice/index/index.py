@@ -130,6 +130,12 @@ class Index(Tree):
         sources = self.source[rows]
         return np.where(sources == NO_ROW, rows, sources)
 
+    def unwritten(self, rows: Rows) -> Rows:
+        """Those whose bytes are in DRAM only, and do not wait to be written."""
+        in_dram_only = (self.slot[rows] != NO_SLOT) & (self.extent[rows] == NO_EXTENT)
+        unwritten: Rows = rows[in_dram_only & ~self.dirty[rows]]
+        return unwritten
+
     def shift_blocks(self, rows: Rows) -> np.ndarray:
         """How many blocks each row stands behind the position that its bytes were computed at; int32, mostly <= 0."""
         shifts: np.ndarray = self.depth[rows] - self.depth[self.bytes_rows(rows)]

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, Rows, Slots
+from kvservice.blocks import NO_ROW, NO_SLOT, Rows, Slots
 from kvservice.index import State
 from kvservice.lookahead import Fetch, Job, Planner
 from kvservice.simulate.device import Device, SimulatedTransfer
@@ -96,9 +96,7 @@ class Movement:
 
     def write_used(self, rows: Rows, now_s: float) -> None:
         """A request uses these rows: write what of them is in DRAM only."""
-        index = self._namespace.index
-        in_dram_only = (index.slot[rows] != NO_SLOT) & (index.extent[rows] == NO_EXTENT)
-        self.write_behind(rows[in_dram_only & ~index.dirty[rows]], now_s)
+        self.write_behind(self._namespace.index.unwritten(rows), now_s)
 
     def write_behind(self, rows: Rows, now_s: float) -> None:
         """Write stored blocks to NVMe; they do not leave DRAM before."""

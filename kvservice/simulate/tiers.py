@@ -11,7 +11,6 @@ from kvservice.aliases import NO_INSTANCE, AliasBounds, Aliases
 from kvservice.blocks import (
     NO_EXTENT,
     NO_ROW,
-    NO_SLOT,
     BlockHash,
     Chain,
     DropReason,
@@ -29,6 +28,7 @@ from kvservice.sessions import Sessions
 from kvservice.simulate.requests import Truncated
 from kvservice.store.invariants import check_namespace
 from kvservice.store.namespace import Namespace
+from kvservice.store.space import sparing
 
 HASH_BYTES = 8
 _HISTORY_BLOCKS = 65_536
@@ -93,11 +93,8 @@ class Tiers:
         """Evict until `wanted` slots are free, sparing `pinned` rows; how many of them are free."""
         namespace, pool = self.namespace, self.namespace.pool
         if wanted > pool.free_slots:
-            slots = namespace.index.slot[pinned]
-            slots = slots[slots != NO_SLOT]
-            pool.hold(slots)
-            namespace.evict(wanted - pool.free_slots, DropReason.CAPACITY, now_s)
-            namespace.end_hold(slots)
+            with sparing(namespace, pinned):
+                namespace.evict(wanted - pool.free_slots, DropReason.CAPACITY, now_s)
         return min(wanted, pool.free_slots)
 
     def store(self, hashes: Sequence[BlockHash], now_s: float) -> Rows:

@@ -15,7 +15,7 @@ from kvservice.store.arrivals import Arrival
 from kvservice.store.disks import Disks
 from kvservice.store.namespace import Namespace
 from kvservice.store.promotion import Promotion
-from kvservice.store.space import Space
+from kvservice.store.space import Space, sparing
 from kvservice.store.waiting import WaitingRequests
 from kvservice.transfers import Priority
 
@@ -126,11 +126,7 @@ class Prefetching:
         wanted = min(missing, max(1, ahead_bytes // namespace.stride_bytes))
         if wanted <= namespace.pool.free_slots or namespace.is_retired:
             return
-        pinned = namespace.index.slot[self._waiting.window_rows(namespace)]
-        namespace.pool.hold(pinned)
-        try:
+        with sparing(namespace, self._waiting.window_rows(namespace)):
             while wanted > namespace.pool.free_slots:
                 if not await self._space.make_room_for_hint(namespace, wanted):
                     return  # the window is in DRAM, or in use
-        finally:
-            namespace.end_hold(pinned)

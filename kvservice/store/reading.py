@@ -21,7 +21,7 @@ from kvservice.store.journal import Journal
 from kvservice.store.namespace import Namespace, Peer
 from kvservice.store.outcomes import Granted, Looked, Miss, PlannedLoad, Prefetched
 from kvservice.store.promotion import Promotion
-from kvservice.store.space import Space
+from kvservice.store.space import Space, sparing
 from kvservice.store.write_behind import WriteBehind
 from kvservice.transfers import Priority
 
@@ -173,10 +173,8 @@ class Reading:
         chain = self._chain(namespace, packed)
         rows, miss = self._prefix_bytes(namespace, chain)
         on_nvme = namespace.index.slot[rows] == NO_SLOT
-        in_dram = namespace.index.slot[rows[~on_nvme]]
-        namespace.pool.hold(in_dram)  # what is in front of the promoted blocks must not make room for them
-        self._space.evict_for_hint(namespace, int(np.count_nonzero(on_nvme)))
-        namespace.end_hold(in_dram)
+        with sparing(namespace, rows):
+            self._space.evict_for_hint(namespace, int(np.count_nonzero(on_nvme)))
         fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
         if fitting < len(rows):
             rows, on_nvme, miss = rows[:fitting], on_nvme[:fitting], Miss.OVER_LIMIT
@@ -232,7 +230,8 @@ class Reading:
             if wanted <= namespace.pool.free_slots:
                 return _Found(namespace, len(chain), rows, of_bytes, on_nvme, miss)
             try:
-                await self._make_room(namespace, of_bytes[~on_nvme], wanted)
+                with sparing(namespace, of_bytes):
+                    await self._space.make_room(namespace, wanted)
             except CapacityExhausted:
                 # DRAM in use leaves room for a shorter prefix only; a limit of zero would mean all.
                 fitting = int(np.searchsorted(np.cumsum(on_nvme), namespace.pool.free_slots, side="right"))
@@ -255,10 +254,8 @@ class Reading:
         blocks = max(1, _MEASURED_BYTES // namespace.stride_bytes)
         chosen = rows[first : first + blocks]
         chosen = chosen[namespace.index.slot[chosen] == NO_SLOT]
-        in_front = namespace.index.slot[rows[:first]]
-        namespace.pool.hold(in_front)
-        self._space.evict_for_hint(namespace, len(chosen))
-        namespace.end_hold(in_front)
+        with sparing(namespace, rows[:first]):
+            self._space.evict_for_hint(namespace, len(chosen))
         chosen = chosen[: namespace.pool.free_slots]
         namespace.end_hold(self._fetch(namespace, chosen, np.ones(len(chosen), dtype=bool), Priority.PREFETCH))
 
@@ -298,15 +295,6 @@ class Reading:
         lost = ((index.slot[rows] == NO_SLOT) | index.arriving[rows]) & (extents != NO_EXTENT)
         lost[lost] = ~self._disks.readable(extents[lost])
         return int(np.argmax(lost)) if lost.any() else len(rows)
-
-    async def _make_room(self, namespace: Namespace, in_dram: Rows, wanted: int) -> None:
-        """Make room for promoted blocks without evicting the blocks in front of them."""
-        pinned = namespace.index.slot[in_dram]
-        namespace.pool.hold(pinned)
-        try:
-            await self._space.make_room(namespace, wanted)
-        finally:
-            namespace.end_hold(pinned)
 
     def _chain(self, namespace: Namespace, packed: bytes) -> Chain:
         return requests.chain(namespace, packed, hashes_max=self._config.hashes_per_call_max)

@@ -8,12 +8,13 @@ only: its memory is punched out and closed, and the other namespace gets fresh, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
-from kvservice.blocks import NO_EXTENT, NO_ROW, DropReason, NamespaceKey
+from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, DropReason, NamespaceKey, Rows, Slots
 from kvservice.config import Config
 from kvservice.dram import Arena, Segment
 from kvservice.errors import CapacityExhausted, QuotaExceeded
@@ -269,3 +270,15 @@ class Space:
         await asyncio.get_running_loop().run_in_executor(self._executor, segment.close)
         self.in_flight_bytes -= segment.size_bytes
         self.arena.give_back(segment.size_bytes)
+
+
+@contextmanager
+def sparing(namespace: Namespace, rows: Rows) -> Iterator[None]:
+    """Room is made meanwhile, but not by what of these rows is in DRAM."""
+    slots: Slots = namespace.index.slot[rows]
+    slots = slots[slots != NO_SLOT]
+    namespace.pool.hold(slots)
+    try:
+        yield
+    finally:
+        namespace.end_hold(slots)

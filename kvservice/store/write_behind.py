@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from kvservice.blocks import NO_EXTENT, NO_ROW, NO_SLOT, BlockHash, Rows, Slots
+from kvservice.blocks import NO_ROW, NO_SLOT, BlockHash, Rows, Slots
 from kvservice.checksums import checksum_of
 from kvservice.config import Config
 from kvservice.errors import CapacityExhausted, Overloaded
@@ -93,15 +93,12 @@ class WriteBehind:
     def used(self, namespace: Namespace, rows: Rows) -> None:
         """A Get used the bytes of these rows (chain order): what was not admitted before may be now."""
         if self._config.nvme_admission == "reused":
-            index = namespace.index
-            in_dram_only = (index.slot[rows] != NO_SLOT) & (index.extent[rows] == NO_EXTENT)
-            self.submit(namespace, rows[in_dram_only & ~index.dirty[rows]])
+            self.submit(namespace, namespace.index.unwritten(rows))
 
     def submit_missing(self, namespace: Namespace) -> None:
         """Queue every block that is in DRAM only: committed while no disk took any."""
         index = namespace.index
-        in_dram_only = (index.state >= State.RESIDENT) & (index.slot != NO_SLOT) & (index.extent == NO_EXTENT)
-        rows = np.flatnonzero(in_dram_only & ~index.dirty).astype(np.int32)
+        rows = index.unwritten(np.flatnonzero(index.state >= State.RESIDENT).astype(np.int32))
         if len(rows):
             self.submit(namespace, rows[np.argsort(index.depth[rows], kind="stable")])
 

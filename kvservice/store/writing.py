@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, NO_SLOT, DropReason
+from kvservice.blocks import NO_ROW, DropReason
 from kvservice.config import Config
 from kvservice.index import State
 from kvservice.leases import HoldKind
@@ -17,7 +17,7 @@ from kvservice.store.checksummer import Checksummer
 from kvservice.store.holds import Holds
 from kvservice.store.namespace import Namespace, Peer
 from kvservice.store.outcomes import Committed, Reserved, Written, runs
-from kvservice.store.space import Space
+from kvservice.store.space import Space, sparing
 from kvservice.store.write_behind import WriteBehind
 
 
@@ -145,11 +145,6 @@ class Writing:
         return runs(outcomes)
 
     async def _make_room(self, namespace: Namespace, slots_wanted: int, front: int) -> None:
-        # The block that the new ones will follow must not be evicted to make room for them.
-        is_in_dram = front != NO_ROW and namespace.index.slot[front] != NO_SLOT
-        pinned = namespace.index.slot[[front]] if is_in_dram else np.zeros(0, np.int32)
-        namespace.pool.hold(pinned)
-        try:
+        followed = np.array([front] * (front != NO_ROW), dtype=np.int32)
+        with sparing(namespace, followed):
             await self._space.make_room(namespace, slots_wanted)
-        finally:
-            namespace.end_hold(pinned)
