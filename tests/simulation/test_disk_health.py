@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,6 @@ from tests.nodes import Node, running
 from tests.stores import chain, spec_of, until
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
-
-
-@pytest.fixture
-def files() -> Iterator[FaultyFiles]:
-    made = FaultyFiles()
-    yield made
-    made.gate.set()  # whatever hangs must end
 
 
 @pytest.fixture

@@ -46,16 +46,21 @@ def unhurried(directory: Path, files: FaultyFiles, monkeypatch: pytest.MonkeyPat
     return Node(directory, files=files, dram_bytes=64 * PAGE_BYTES, nvme_write_behind_s=600.0)
 
 
+async def save_five(node: Node) -> None:
+    """Start it and save chains, a second between each and the next."""
+    await node.start()
+    await warm_up(node)
+    for number in range(5):
+        node.advance(1.0)
+        await node.engine.save(chain(f"c{number}", BLOCKS))
+    node.advance(1.0)
+
+
 def test_what_was_used_last_is_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         files = FaultyFiles()
         node = unhurried(tmp_path, files, monkeypatch)
-        await node.start()
-        await warm_up(node)
-        for number in range(5):
-            node.advance(1.0)
-            await node.engine.save(chain(f"c{number}", BLOCKS))
-        node.advance(1.0)
+        await save_five(node)
         assert await node.load(chain("c1", BLOCKS)) == BLOCKS
         assert await drained(node, files, writes=3) == [0, 6, 0, 6, 6]
 
@@ -66,12 +71,7 @@ def test_a_fresh_end_takes_its_old_front_along(tmp_path: Path, monkeypatch: pyte
     async def scenario() -> None:
         files = FaultyFiles()
         node = unhurried(tmp_path, files, monkeypatch)
-        await node.start()
-        await warm_up(node)
-        for number in range(5):
-            node.advance(1.0)
-            await node.engine.save(chain(f"c{number}", BLOCKS))
-        node.advance(1.0)
+        await save_five(node)
         longer = chain("c0", BLOCKS + 2)
         await node.engine.save(longer[BLOCKS:], parent=longer[BLOCKS - 1])
         found = await drained(node, files, writes=2)

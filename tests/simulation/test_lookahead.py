@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,10 @@ KNOBS: dict[str, Any] = {"nvme_queue_depth": 1, "dram_bytes": 64 * PAGE_BYTES}
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyFiles]:
+def files(files: FaultyFiles, monkeypatch: pytest.MonkeyPatch) -> FaultyFiles:
     """Files behind a gate, of a disk that has begun one read at a time."""
     monkeypatch.setattr(disks, "_VERIFYING_THREADS", 0)
-    made = FaultyFiles()
-    yield made
-    made.gate.set()
+    return files
 
 
 async def on_nvme(directory: Path, files: FaultyFiles) -> Node:

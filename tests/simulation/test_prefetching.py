@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ KNOBS: dict[str, Any] = {"nvme_queue_depth": 1, "dram_bytes": 32 * PAGE_BYTES}
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyFiles]:
+def files(files: FaultyFiles, monkeypatch: pytest.MonkeyPatch) -> FaultyFiles:
     """Files behind a gate; every block is a transfer of its own."""
     monkeypatch.setattr(promotion, "_TRANSFER_BYTES_MAX", 1)
-    made = FaultyFiles()
-    yield made
-    made.gate.set()
+    return files
 
 
 async def fill(node: Node) -> None:

@@ -6,7 +6,6 @@ vLLM makes two of these: one in the scheduler's process and one in every worker'
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -19,10 +18,9 @@ from kvservice_adapters.vllm.messages import StepOrders, WorkerNamespace
 from kvservice_adapters.vllm.metrics import AdapterPromMetrics, AdapterStats
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.scheduler import SchedulerHalf
+from kvservice_adapters.vllm.status import LOG
 from kvservice_adapters.vllm.support import require_supported_engine, require_supported_model, tokens_per_block_of
 from kvservice_adapters.vllm.worker import WorkerHalf
-
-_log = logging.getLogger("vllm.kvservice")
 
 Answer = TypeVar("Answer")
 
@@ -261,8 +259,8 @@ class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
             self._counters.add("hook_errors", reason=kind)
             if (hook, kind) not in self._errors_told:
                 self._errors_told.add((hook, kind))
-                _log.warning("kvservice: %s failed, the engine goes on without reuse here: %s", hook, error)
-                _log.debug("kvservice: %s", hook, exc_info=True)
+                LOG.warning("kvservice: %s failed, the engine goes on without reuse here: %s", hook, error)
+                LOG.debug("kvservice: %s", hook, exc_info=True)
             return otherwise
 
 

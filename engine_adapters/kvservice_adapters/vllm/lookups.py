@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +12,8 @@ from dataclasses import dataclass
 import kvservice_client as kv
 from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.vllm.counters import Counters
+from kvservice_adapters.vllm.status import LOG
 from kvservice_adapters.vllm.truncation import FormerNames
-
-_log = logging.getLogger("vllm.kvservice")
-"""Below vLLM's own logger, so that its handlers and levels hold for these lines too."""
 
 _CALL_TIMEOUT_S_MIN = 1.0
 _PROMOTION_POLL_S = 0.01
@@ -195,7 +192,7 @@ class Lookups:
             try:
                 self._find_out(question)
             except Exception as error:  # noqa: BLE001  # the thread must outlive whatever one lookup met: it is a miss
-                _log.exception("a lookup failed in an unexpected way")
+                LOG.exception("a lookup failed in an unexpected way")
                 self._counters.add("hook_errors", reason=type(error).__name__)
                 self._answer(question, blocks=0, held=0, ready=0)
                 question.is_settled = True
@@ -274,7 +271,7 @@ class Lookups:
                 )
             except kv.InvalidRequest as error:
                 # More than the daemon takes in one call or for one session.
-                _log.warning("kvservice: a truncation was refused by the daemon: %s", error)
+                LOG.warning("kvservice: a truncation was refused by the daemon: %s", error)
                 yield KeptHeld(0, kv.Reason.OVER_LIMIT)
                 continue
             yield KeptHeld(named.held_blocks, named.reason)

@@ -64,7 +64,7 @@ def _rope_of(vllm_config: Any, attention: Iterable[Any]) -> Rope:
     (architecture,) = model.architectures[:1] or ("a model without a name",)
     if vllm_config.speculative_config is not None and vllm_config.speculative_config.draft_model_config is not None:
         raise UnsupportedPositions("a draft model keeps keys of its own beside the model's: not proven to move")
-    if str(vllm_config.cache_config.cache_dtype) != "auto" and "fp8" in str(vllm_config.cache_config.cache_dtype):
+    if "fp8" in str(vllm_config.cache_config.cache_dtype):
         raise UnsupportedPositions("keys are kept in fp8: rotating them would round them a second time")
     layers = list(attention)
     if architecture in ALIBI_ARCHITECTURES and all(_has_alibi(layer) for layer in layers):

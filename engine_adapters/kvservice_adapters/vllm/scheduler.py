@@ -20,12 +20,9 @@ from kvservice_adapters.vllm.messages import StepOrders
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
 from kvservice_adapters.vllm.queue import QueueTeller
-from kvservice_adapters.vllm.status import StatusLog
+from kvservice_adapters.vllm.status import LOG, StatusLog
 from kvservice_adapters.vllm.truncation import TruncationOutcome, TruncationRefused, resalt, stated_truncation
 from kvservice_adapters.vllm.waiting import TrackedRequest, WaitingRequests, tags_of
-
-_log = logging.getLogger("vllm.kvservice")
-"""Below vLLM's own logger, so that its handlers and levels hold for these lines too."""
 
 _IDLE_STEP_S = 0.001
 _REFRESH_S = 1.0
@@ -249,7 +246,7 @@ class SchedulerHalf:
             for client in self._clients:
                 client.forget_namespace()
         except kv.KVServiceError as error:
-            _log.warning("kvservice: the store's blocks could not be dropped: %s", error)
+            LOG.warning("kvservice: the store's blocks could not be dropped: %s", error)
             return False
         return bool(self._clients)
 
@@ -277,7 +274,7 @@ class SchedulerHalf:
             self.counters.add("refused_truncations", reason=refused.reason)
             level = logging.DEBUG if refused.reason in self._refusals_told else logging.WARNING
             self._refusals_told.add(refused.reason)
-            _log.log(level, "kvservice: a truncation was refused (%s): %s", refused.reason, refused)
+            LOG.log(level, "kvservice: a truncation was refused (%s): %s", refused.reason, refused)
             return
         resalt(tracked.request, truncation.salt)
         tracked.truncation = truncation

@@ -6,7 +6,7 @@ import logging
 
 import kvservice_client as kv
 
-_log = logging.getLogger("vllm.kvservice")
+LOG = logging.getLogger("vllm.kvservice")
 """Below vLLM's own logger, so that its handlers and levels hold for these lines too."""
 
 _MEANINGS = {
@@ -34,4 +34,4 @@ class StatusLog:
         self._told = status
         level = logging.INFO if status is kv.Status.ATTACHED else logging.WARNING
         refusal = f" ({self._client.refusal})" if status is kv.Status.REFUSED else ""
-        _log.log(level, "kvservice %s: %s%s [%s]", self._part, _MEANINGS[status], refusal, self._client.socket_dir)
+        LOG.log(level, "kvservice %s: %s%s [%s]", self._part, _MEANINGS[status], refusal, self._client.socket_dir)

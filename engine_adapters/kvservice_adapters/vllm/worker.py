@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +15,9 @@ from kvservice_adapters.vllm.layout import block_memory, layout_of
 from kvservice_adapters.vllm.messages import StepOrders
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.positions import key_turner_of
-from kvservice_adapters.vllm.status import StatusLog
+from kvservice_adapters.vllm.status import LOG, StatusLog
 from kvservice_adapters.vllm.transfers import Loads, Saves
 from kvservice_client.memory import ThreadedCopier
-
-_log = logging.getLogger("vllm.kvservice")
 
 
 class WorkerHalf:
@@ -60,7 +57,7 @@ class WorkerHalf:
         except Exception as error:  # noqa: BLE001  # a model of a kind that nobody thought of: the rest works for it
             self.truncation_refusal = f"its positions could not be found out: {type(error).__name__}: {error}"
         if self.truncation_refusal:
-            _log.info("kvservice worker: truncated conversations are computed again: %s", self.truncation_refusal)
+            LOG.info("kvservice worker: truncated conversations are computed again: %s", self.truncation_refusal)
         self._client = kv.attach(
             self.namespace,
             socket_dir=options.socket_dir or None,
