@@ -269,7 +269,8 @@ class SlotPool:
             raise CapacityExhausted(f"{count} slots wanted, {len(self._free)} free")
         if count == 0:
             return np.zeros(0, dtype=np.int32)
-        slots = np.array(self._free[: -count - 1 : -1], dtype=np.int32)
+        # Upwards, so that what lies next to each other is copied as one.
+        slots = np.sort(np.array(self._free[-count:], dtype=np.int32))
         del self._free[-count:]
         self.holders[slots] = 1
         for segment, places, generations in self.locate(slots):

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvservice_cuda.api import IPC_HANDLE_BYTES, CudaError
 from kvservice_cuda.driver import Batch, Context, Driver
+from kvservice_cuda.plan import Rows
 
 UUID = bytes(range(16))
 ILLEGAL_ADDRESS = 700
@@ -128,10 +129,20 @@ class FakeGpu:
     def copy(self, batch: Batch) -> None:
         for array in zip(*_arrays(batch), strict=True):
             destination, source, size = (int(number) for number in array)
-            self._require_usable(destination, size)
-            self._require_usable(source, size)
-            ctypes.memmove(destination, source, size)
-            self.copied_bytes += size
+            self._copy(destination, source, size)
+
+    def copy_rows(self, rows: Rows, *, to_device: bool) -> None:
+        if rows.device_pitch_bytes < rows.width_bytes or rows.host_pitch_bytes < rows.width_bytes:
+            raise CudaError("a pitch smaller than the width", INVALID_VALUE)
+        for row in range(rows.rows):
+            device, host = rows.device + row * rows.device_pitch_bytes, rows.host + row * rows.host_pitch_bytes
+            self._copy(*((device, host) if to_device else (host, device)), rows.width_bytes)
+
+    def _copy(self, destination: int, source: int, size_bytes: int) -> None:
+        self._require_usable(destination, size_bytes)
+        self._require_usable(source, size_bytes)
+        ctypes.memmove(destination, source, size_bytes)
+        self.copied_bytes += size_bytes
 
     def _require_usable(self, address: int, size_bytes: int) -> None:
         ranges = [(start, len(memory)) for start, memory in self.allocations.items()] + list(self.pinned.items())
@@ -264,6 +275,15 @@ class FakeContext(Context):
 
     def await_flag(self, stream: int, address: int, value: int) -> None:
         self.gpu.queue(stream, lambda: ctypes.c_uint64.from_address(address).value >= value)
+
+    def copy_rows(self, stream: int, rows: Rows, *, to_device: bool) -> None:
+        self.gpu.queued_copies += 1
+
+        def step() -> bool:
+            self.gpu.copy_rows(rows, to_device=to_device)
+            return True
+
+        self.gpu.queue(stream, step)
 
     def copy_batch(self, stream: int, batch: Batch) -> None:
         copied = _Copied(batch)

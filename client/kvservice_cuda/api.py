@@ -66,6 +66,29 @@ class CopyAttributes(ctypes.Structure):
     )
 
 
+class RowsCopy(ctypes.Structure):
+    """CUDA_MEMCPY2D: equally spaced rows on both sides."""
+
+    _fields_ = (
+        ("source_x_bytes", c_size_t),
+        ("source_y", c_size_t),
+        ("source_type", c_int),
+        ("source_host", c_void_p),
+        ("source_device", c_uint64),
+        ("source_array", c_void_p),
+        ("source_pitch", c_size_t),
+        ("destination_x_bytes", c_size_t),
+        ("destination_y", c_size_t),
+        ("destination_type", c_int),
+        ("destination_host", c_void_p),
+        ("destination_device", c_uint64),
+        ("destination_array", c_void_p),
+        ("destination_pitch", c_size_t),
+        ("width_bytes", c_size_t),
+        ("height", c_size_t),
+    )
+
+
 _ADDRESS = c_uint64  # CUdeviceptr
 
 # Names as libcuda exports them: a suffix is the version of the function's signature.
@@ -100,6 +123,7 @@ _SIGNATURES: Mapping[str, Sequence[Any]] = {
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
     "cuMemHostUnregister": (c_void_p,),
     "cuMemHostGetDevicePointer_v2": (POINTER(_ADDRESS), c_void_p, c_uint),
+    "cuMemcpy2DAsync_v2": (POINTER(RowsCopy), c_void_p),
     "cuMemcpyAsync": (_ADDRESS, _ADDRESS, c_size_t, c_void_p),
     "cuMemcpyBatchAsync_v2": (
         c_void_p,  # destinations, sources, sizes: arrays of uint64

@@ -12,13 +12,23 @@ from contextlib import contextmanager
 from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
 from typing import Protocol
 
-from kvservice_cuda.api import IPC_HANDLE_BYTES, CopyAttributes, CudaError, IpcHandle, Uuid, call, is_ready
+from kvservice_cuda.api import (
+    IPC_HANDLE_BYTES,
+    CopyAttributes,
+    CudaError,
+    IpcHandle,
+    RowsCopy,
+    Uuid,
+    call,
+    is_ready,
+)
+from kvservice_cuda.plan import Rows
 
 _EVENT_BLOCKING_SYNC, _EVENT_DISABLE_TIMING = 1, 2
 _STREAM_NON_BLOCKING = 1
 _HOST_REGISTER_PORTABLE, _HOST_REGISTER_DEVICE_MAP = 1, 2
 _POINTER_DEVICE_ORDINAL, _POINTER_IS_LEGACY_IPC_CAPABLE, _POINTER_MEMORY_TYPE = 9, 13, 2
-_MEMORY_TYPE_DEVICE = 2
+_MEMORY_TYPE_HOST, _MEMORY_TYPE_DEVICE = 1, 2
 _IPC_LAZY_PEER_ACCESS = 1
 _WAIT_GREATER_OR_EQUAL = 0
 _ACCESS_IN_STREAM_ORDER = 1
@@ -234,6 +244,24 @@ class Context:
         """Queue one copy. Raises CudaError."""
         with self.current():
             call("cuMemcpyAsync", destination, source, size_bytes, stream)
+
+    def copy_rows(self, stream: Handle, rows: Rows, *, to_device: bool) -> None:
+        """Queue the copy of all rows between pinned memory and the GPU. Called while current. Raises CudaError."""
+        if rows.is_contiguous:
+            ends = (rows.device, rows.host) if to_device else (rows.host, rows.device)
+            call("cuMemcpyAsync", *ends, rows.width_bytes * rows.rows, stream)
+            return
+        copy = RowsCopy(width_bytes=rows.width_bytes, height=rows.rows)
+        if to_device:
+            copy.source_type, copy.source_host, copy.source_pitch = _MEMORY_TYPE_HOST, rows.host, rows.host_pitch_bytes
+            copy.destination_type, copy.destination_device = _MEMORY_TYPE_DEVICE, rows.device
+            copy.destination_pitch = rows.device_pitch_bytes
+        else:
+            copy.source_type, copy.source_device = _MEMORY_TYPE_DEVICE, rows.device
+            copy.source_pitch = rows.device_pitch_bytes
+            copy.destination_type, copy.destination_host = _MEMORY_TYPE_HOST, rows.host
+            copy.destination_pitch = rows.host_pitch_bytes
+        call("cuMemcpy2DAsync_v2", byref(copy), stream)
 
     def copy_batch(self, stream: Handle, batch: Batch) -> None:
         """Queue all pieces in one call, to be copied in any order by copy engines. Called while current.

@@ -1,4 +1,4 @@
-"""geometry: where the bytes of an engine's blocks are in GPU memory, and what must be copied to move some of them.
+"""geometry: where the bytes of an engine's blocks are in GPU memory.
 
 Pure: numbers in, numbers out. A block of the service is a run of bytes; the engine keeps it as *pieces*, in this
 order: one per block where the engine's blocks are contiguous across layers, one or two per layer where each layer has
@@ -7,11 +7,9 @@ a tensor of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-import numpy as np
 
 PIECES_MAX = 4096
 LAYERS_MAX = 1024
@@ -99,72 +97,3 @@ def _require_piece_fits(position: int, piece: Piece, blocks: int, region_sizes_b
             f"piece {position} of the last block ends at byte {end} of region {piece.region}, which has "
             f"{region_sizes_bytes[piece.region]}"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """What to copy: three uint64 arrays of one length. Each piece is contiguous on both sides."""
-
-    device: np.ndarray
-    host: np.ndarray
-    sizes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    @property
-    def size_bytes(self) -> int:
-        """All of them together."""
-        return int(self.sizes.sum())
-
-    def __getitem__(self, part: slice) -> Pieces:
-        return Pieces(self.device[part], self.host[part], self.sizes[part])
-
-
-class Plan:
-    """A geometry in its place: what has to be copied to move some blocks, as arithmetic on whole arrays."""
-
-    def __init__(self, geometry: Geometry, region_addresses: np.ndarray) -> None:
-        """`region_addresses`: uint64, where each region starts."""
-        self.geometry = geometry
-        ordered = [found for of_layer in geometry.by_layer for found in of_layer]
-        pieces = [piece for _, piece in ordered]
-        self._starts = np.array([start for start, _ in ordered], dtype=np.uint64)
-        self._sizes = np.array([piece.size_bytes for piece in pieces], dtype=np.uint64)
-        self._strides = np.array([piece.block_stride_bytes for piece in pieces], dtype=np.uint64)
-        offsets = np.array([piece.offset_bytes for piece in pieces], dtype=np.uint64)
-        self._firsts = region_addresses[[piece.region for piece in pieces]] + offsets
-        self._layer_bytes = [sum(piece.size_bytes for _, piece in of_layer) for of_layer in geometry.by_layer]
-        self._layer_ends = np.cumsum([len(of_layer) for of_layer in geometry.by_layer]).tolist()
-
-    def groups(self, blocks: np.ndarray, host: np.ndarray, *, group_bytes: int) -> Iterator[tuple[int, Pieces]]:
-        """Consecutive layers together, in order, as soon as they have that many bytes.
-
-        Args:
-            blocks: the engine's block numbers, each below `geometry.blocks`.
-            host: uint64, where each block's bytes start in host memory.
-
-        Yields:
-            How many layers are done with it, and what has to be copied for them.
-        """
-        assert len(blocks) == len(host), "a place in host memory for each block"
-        blocks = blocks.astype(np.uint64)[:, None]
-        first = waiting_bytes = 0
-        for layer, size_bytes in enumerate(self._layer_bytes, start=1):
-            waiting_bytes += size_bytes * len(host)
-            if waiting_bytes >= group_bytes or layer == len(self._layer_bytes):
-                part = slice(first, self._layer_ends[layer - 1])
-                # Block by block, so that a block's neighbouring pieces stand side by side, and so do blocks.
-                device = (self._firsts[part] + blocks * self._strides[part]).ravel()
-                places = (host[:, None] + self._starts[part]).ravel()
-                yield layer, merged(device, places, np.tile(self._sizes[part], len(host)))
-                first, waiting_bytes = self._layer_ends[layer - 1], 0
-
-
-def merged(device: np.ndarray, host: np.ndarray, sizes: np.ndarray) -> Pieces:
-    """Pieces in order, neighbours that are adjacent on both sides joined into one."""
-    if len(sizes) < 2:
-        return Pieces(device, host, sizes)
-    continues = (device[:-1] + sizes[:-1] == device[1:]) & (host[:-1] + sizes[:-1] == host[1:])
-    starts = np.flatnonzero(np.concatenate(([True], ~continues)))
-    return Pieces(device[starts], host[starts], np.add.reduceat(sizes, starts))

@@ -19,7 +19,7 @@ from kvservice.errors import InvalidRequest
 from kvservice_cuda.api import CudaError
 from kvservice_cuda.copier import Copier, Direction
 from kvservice_cuda.driver import Context
-from kvservice_cuda.geometry import Plan
+from kvservice_cuda.plan import Plan
 
 Result = TypeVar("Result")
 

@@ -11,7 +11,8 @@ import numpy as np
 from kvservice.device.progress import ProgressPage
 from kvservice.dram import Segment
 from kvservice_cuda.copier import Direction
-from kvservice_cuda.geometry import Geometry, Plan
+from kvservice_cuda.geometry import Geometry
+from kvservice_cuda.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

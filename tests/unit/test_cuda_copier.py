@@ -10,12 +10,13 @@ import pytest
 
 from kvservice_cuda.api import CudaError, DriverMissing, call
 from kvservice_cuda.copier import ENDED_BYTES, LANE_BYTES, Copier, Direction, progress
-from kvservice_cuda.geometry import Geometry, Piece, Plan
+from kvservice_cuda.geometry import Geometry, Piece
+from kvservice_cuda.plan import Plan
 from tests.devices import FakeContext, FakeGpu
 
 pytestmark = pytest.mark.unit
 
-LAYERS, PIECE, BLOCKS = 5, 1 << 20, 6
+LAYERS, PIECE, BLOCKS = 5, 1 << 20, 24
 
 
 class Setting:
@@ -42,20 +43,21 @@ class Setting:
         return int(self.lane[ENDED_BYTES // 8])
 
 
+@pytest.mark.parametrize("chosen", [[4, 0, 5], [23, 1, *range(3, 21)]], ids=["pieces", "rows and pieces"])
 @pytest.mark.parametrize("direction", Direction)
-def test_bytes_arrive_in_both_directions(gpu: FakeGpu, direction: Direction) -> None:
+def test_bytes_arrive_in_both_directions(gpu: FakeGpu, direction: Direction, chosen: list[int]) -> None:
     setting = Setting(gpu)
     cache = gpu.array(setting.cache)
     source = setting.host if direction is Direction.LOAD else cache
     source[:] = np.random.default_rng(1).integers(0, 256, len(source), dtype=np.uint8)
     copier = Copier(setting.context, direction)
-    setting.submit(copier, [4, 0, 5], sequence=9)
+    setting.submit(copier, chosen, sequence=9)
     copier.drain()
     assert setting.lane[0] == progress(9, LAYERS)
     assert setting.ended == 9
     shaped = cache.reshape(LAYERS, BLOCKS, PIECE)
-    blocks = setting.host[: 3 * LAYERS * PIECE].reshape(3, LAYERS, PIECE)
-    for place, block in enumerate([4, 0, 5]):
+    blocks = setting.host[: len(chosen) * LAYERS * PIECE].reshape(len(chosen), LAYERS, PIECE)
+    for place, block in enumerate(chosen):
         assert np.array_equal(shaped[:, block], blocks[place])
     copier.close()
 

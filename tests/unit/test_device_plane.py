@@ -16,7 +16,8 @@ from kvservice.dram import Arena, Segment
 from kvservice.errors import InvalidRequest, LeaseUnknown
 from kvservice_cuda.api import CudaError
 from kvservice_cuda.copier import Direction
-from kvservice_cuda.geometry import Geometry, Piece, Plan
+from kvservice_cuda.geometry import Geometry, Piece
+from kvservice_cuda.plan import Plan
 from tests.devices import UUID, FakeGpu
 from tests.waiting import eventually
 

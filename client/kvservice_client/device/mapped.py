@@ -18,7 +18,8 @@ from kvservice_client.outcomes import Committed, Reason, SaveResult
 from kvservice_cuda.api import CudaError
 from kvservice_cuda.copier import Copier, Direction
 from kvservice_cuda.driver import Context
-from kvservice_cuda.geometry import Geometry, Piece, Plan
+from kvservice_cuda.geometry import Geometry, Piece
+from kvservice_cuda.plan import Plan
 
 _LANES = 256
 
