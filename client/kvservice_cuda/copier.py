@@ -1,8 +1,9 @@
 """copier: blocks across the bus by the GPU's copy engines, in one direction, layer by layer.
 
-Rows go on one stream, one command for many blocks. Single pieces leave a copy engine idle between two of them; several
-streams fill the gaps (64 KiB pieces: 34 GB/s on one stream, 52 GB/s on sixteen, of 55). The main stream joins them
-after each group of layers and stores the progress where the waiting side, the GPU's streams or a CPU, can see it.
+Rows and large pieces go on the main stream. Small pieces leave a copy engine idle between two of them; several streams
+fill the gaps (64 KiB pieces: 34 GB/s on one stream, 52 GB/s on sixteen, of 55), but each slows the engine a little: the
+GPU gives another process's streams time slices of their own. The main stream joins them after each group of layers and
+stores the progress where the waiting side, the GPU's streams or a CPU, can see it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Direction(Enum):
     SAVE = "save"
 
 
-_STREAMS = 16
+_STREAMS_MAX = 16
+_BYTES_PER_STREAM = 1 << 20  # pieces of so many bytes fill the bus on one stream, of half as many on two
 _GROUPS_AT_ONCE = 3  # groups of layers between which streams may be apart
 _SHARE_PIECES_MIN = 16  # fewer are not worth another stream
 # Progress is told after so much at least: smaller batches cost more than they carry. Nobody waits within a save.
@@ -97,8 +99,9 @@ class Copier:
         self._queue = queue
         self._direction = direction
         self._main = queue.stream()
-        self._streams = [queue.stream() for _ in range(_STREAMS)]
-        self._events = [queue.event() for _ in range(_STREAMS)]
+        # Made when small pieces first need them: each takes some megabytes of the GPU.
+        self._streams: list[Handle] = []
+        self._events: list[Handle] = []
         self._ends = [queue.event() for _ in range(_GROUPS_AT_ONCE)]
         self._next = 0
 
@@ -152,23 +155,34 @@ class Copier:
         The GPU gives streams time in slices that are longer than a layer takes: without the event one stream would
         copy its shares of many layers before another begins with the first.
         """
-        used = []
-        for share in shares(pieces, len(self._streams)):
+        used: list[int] = []
+        parts = shares(pieces)
+        if len(parts) == 1:
+            self._queue.copy_batch(self._main, self._batch(pieces))
+            return used
+        while len(self._streams) < len(parts):
+            self._streams.append(self._queue.stream())
+            self._events.append(self._queue.event())
+        for share in parts:
             stream = self._next
-            part = pieces[share]
-            ends = (part.device, part.host) if self._direction is Direction.LOAD else (part.host, part.device)
             if after:
                 self._queue.order_after(self._streams[stream], after)
-            self._queue.copy_batch(self._streams[stream], _Batch(*ends, part.sizes))
+            self._queue.copy_batch(self._streams[stream], self._batch(pieces[share]))
             self._queue.record(self._events[stream], self._streams[stream])
             used.append(stream)
             self._next = (stream + 1) % len(self._streams)
         return used
 
+    def _batch(self, pieces: Pieces) -> _Batch:
+        is_load = self._direction is Direction.LOAD
+        ends = (pieces.device, pieces.host) if is_load else (pieces.host, pieces.device)
+        return _Batch(*ends, pieces.sizes)
 
-def shares(pieces: Pieces, streams: int) -> list[slice]:
-    """Cut pieces into one share per stream, or fewer where they are few. Pieces of one call are about equally long."""
+
+def shares(pieces: Pieces) -> list[slice]:
+    """Cut pieces, of about one length, into one share per stream: the smaller they are, the more."""
     if not len(pieces):
         return []
+    streams = min(_STREAMS_MAX, max(1, _BYTES_PER_STREAM * len(pieces) // pieces.size_bytes))
     pieces_per_share = max(_SHARE_PIECES_MIN, -(-len(pieces) // streams))
     return [slice(start, start + pieces_per_share) for start in range(0, len(pieces), pieces_per_share)]

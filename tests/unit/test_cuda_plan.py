@@ -190,9 +190,14 @@ def test_what_a_command_cannot_express_goes_as_pieces(blocks: list[int], host_st
     assert sum(moves.pieces.size_bytes for moves in groups) == 300 * len(blocks)
 
 
-@given(st.integers(0, 600), st.integers(1, 20))
-def test_shares_cover_all_pieces_once_with_one_per_stream_at_most(count: int, streams: int) -> None:
-    array = np.ones(count, dtype=np.uint64)
-    cut = shares(Pieces(array, array, array), streams)
+@given(st.integers(0, 600), st.integers(1, 4 << 20))
+def test_shares_cover_all_pieces_once(count: int, size: int) -> None:
+    sizes = np.full(count, size, dtype=np.uint64)
+    cut = shares(Pieces(sizes, sizes, sizes))
     assert [place for part in cut for place in range(count)[part]] == list(range(count))
-    assert len(cut) <= streams
+
+
+@pytest.mark.parametrize(("size_kib", "streams"), [(4096, 1), (1024, 1), (512, 2), (64, 16), (4, 16)])
+def test_small_pieces_are_shared_out_among_more_streams(size_kib: int, streams: int) -> None:
+    sizes = np.full(512, size_kib << 10, dtype=np.uint64)
+    assert len(shares(Pieces(sizes, sizes, sizes))) == streams
