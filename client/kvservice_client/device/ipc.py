@@ -22,7 +22,11 @@ _COMMIT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What every load and save names."""
+    """What every load and save names.
+
+    Attributes:
+        skipped: how many leading hashes have no block id: the engine has these blocks.
+    """
 
     hashes: bytes
     block_ids: Sequence[int]
@@ -30,6 +34,7 @@ class Call:
     request_id: str
     deadline_s: float
     parent: bytes = b""
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,10 @@ class PendingSave:
     reservation_id: int
     transfer: Transfer | None
     deadline_s: float
+
+
+class SourceGone(Exception):
+    """The caller's blocks were given away while they were read: nothing is published."""
 
 
 class NotExportable(Exception):
@@ -112,7 +121,8 @@ class IpcPlane:
             self._watchdog.watch(transfer)
             raise LoadUnanswered(DeviceLoad(self._context, transfer, 0, Reason.TIMEOUT)) from error
         runs = [run for response in responses for run in response.runs]
-        blocks = sum(run.blocks for run in runs if run.WhichOneof("outcome") == "handles")
+        held = sum(run.blocks for run in runs if run.WhichOneof("outcome") == "handles")
+        blocks = max(0, held - call.skipped)
         miss = next((run.miss for run in runs if run.WhichOneof("outcome") == "miss"), pb.MISS_REASON_UNSPECIFIED)
         reason = MISS_REASONS.get(miss, Reason.NOT_HELD)
         if not blocks:
@@ -153,11 +163,11 @@ class IpcPlane:
         transfer.has_begun = True
         return PendingSave(known, response.reservation_id, transfer, call.deadline_s)
 
-    def finish_save(self, pending: PendingSave) -> SaveResult:
+    def finish_save(self, pending: PendingSave, is_source_kept: Callable[[], bool]) -> SaveResult:
         """Publish what was copied. Blocks until the source may be overwritten.
 
         Raises:
-            KVServiceError: nothing of it was published.
+            KVServiceError, SourceGone: nothing of it was published.
         """
         transfer = pending.transfer
         if transfer is None:
@@ -166,6 +176,9 @@ class IpcPlane:
         if not transfer.wait(pending.deadline_s) or not transfer.is_ok:
             self.drop_save(pending)
             raise DaemonUnreachable("the daemon did not copy the blocks in time, or its GPU failed")
+        if not is_source_kept():
+            self._link.end_hold(reservation_id=pending.reservation_id)
+            raise SourceGone
         return pending.known.plus(self._commit(pending.reservation_id))
 
     def drop_save(self, pending: PendingSave) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvservice_client.client import Client
 from kvservice_client.device.cache import DeviceCache
-from kvservice_client.device.ipc import Call, IpcPlane, LoadUnanswered, NotExportable
+from kvservice_client.device.ipc import Call, IpcPlane, LoadUnanswered, NotExportable, SourceGone
 from kvservice_client.device.load import DeviceLoad, Watchdog
 from kvservice_client.device.mapped import MappedPlane
 from kvservice_client.device.saving import Saving
@@ -95,7 +95,7 @@ class DeviceKV:
 
         Args:
             hashes: chain of n hashes, root first.
-            block_ids: where each block goes.
+            block_ids: where each block goes; fewer than n: the chain's last ones, and those before are not copied.
             deadline_s: a load that has not arrived by then has failed, and no stream waits for it any more.
             after: a CUevent to wait for first, where work on the GPU may still use the destination; 0: there is none.
 
@@ -103,7 +103,7 @@ class DeviceKV:
             InvalidRequest: the arguments do not fit.
         """
         call = self._call(hashes, block_ids, session_id, request_id, deadline_s)
-        if not hashes:
+        if not block_ids:
             return DeviceLoad(None, None, 0, Reason.OK)
         try:
             self._await(after)
@@ -113,7 +113,7 @@ class DeviceKV:
             assert self._mapped is not None, "bound without a plane"
             lease = self._client.get(hashes, session_id=session_id, request_id=request_id, deadline_s=deadline_s)
             try:
-                return self._mapped.load(lease, block_ids, deadline_s)
+                return self._mapped.load(lease, block_ids, deadline_s, skipped=call.skipped)
             except BaseException:
                 lease.release()
                 raise
@@ -134,6 +134,7 @@ class DeviceKV:
         request_id: str = "",
         deadline_s: float = _CALL_TIMEOUT_S,
         after: int = 0,
+        is_source_kept: Callable[[], bool] = lambda: True,
     ) -> SaveResult:
         """Store blocks that are not held yet. Blocks until the source may be overwritten: for a thread of its own.
 
@@ -141,11 +142,15 @@ class DeviceKV:
             block_ids: where each block is.
             parent: hash of the block before the first; b"" where the chain starts.
             after: a CUevent behind which the blocks' bytes are written; 0: they are.
+            is_source_kept: asked when bytes were read, before they are published: whether the source was these blocks'
+                until now. Once it says no, nothing more is published, so that a source may be given away at any time.
 
         Raises:
             InvalidRequest: the arguments do not fit.
         """
         call = self._call(hashes, block_ids, session_id, request_id, deadline_s)
+        if call.skipped:
+            raise InvalidRequest(f"{len(block_ids)} block ids for {len(hashes)} hashes")
         if not hashes:
             return SaveResult()
         try:
@@ -153,9 +158,13 @@ class DeviceKV:
             ipc = self._bound(self._client.link)
         except (KVServiceError, CudaError) as error:
             return SaveResult().with_rest_refused(len(hashes), self._reason_of(error))
-        work = Saving(self._client, self.cache, self._mapped, ipc, call, hashes, parent=parent)
+        work = Saving(
+            self._client, self.cache, self._mapped, ipc, call, hashes, parent=parent, is_source_kept=is_source_kept
+        )
         try:
             work.run()
+        except SourceGone:
+            return work.result.with_rest_refused(len(hashes), Reason.CHANGED)
         except InvalidRequest:
             raise
         except (KVServiceError, CudaError) as error:
@@ -205,11 +214,12 @@ class DeviceKV:
     def _call(
         self, hashes: Sequence[bytes], block_ids: Sequence[int], session_id: str, request_id: str, deadline_s: float
     ) -> Call:
-        if len(block_ids) != len(hashes):
+        if len(block_ids) > len(hashes):
             raise InvalidRequest(f"{len(block_ids)} block ids for {len(hashes)} hashes")
         if any(not 0 <= block_id < self.cache.blocks for block_id in block_ids):
             raise InvalidRequest(f"a block id is out of bounds: the cache has {self.cache.blocks} blocks")
-        return Call(self._client.pack(hashes), block_ids, session_id, request_id, deadline_s)
+        skipped = len(hashes) - len(block_ids)
+        return Call(self._client.pack(hashes), block_ids, session_id, request_id, deadline_s, skipped=skipped)
 
     def _await(self, event: int) -> None:
         if event:

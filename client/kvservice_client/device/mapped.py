@@ -9,6 +9,7 @@ import numpy as np
 
 from kvservice_client.ahead import MISS_REASONS
 from kvservice_client.device.cache import DeviceCache
+from kvservice_client.device.ipc import SourceGone
 from kvservice_client.device.lanes import Lanes
 from kvservice_client.device.load import DeviceLoad, Transfer, Watchdog
 from kvservice_client.errors import DaemonUnreachable
@@ -53,32 +54,42 @@ class MappedPlane:
             copier.drain()
             copier.close()
 
-    def load(self, lease: Lease, block_ids: Sequence[int], deadline_s: float) -> DeviceLoad:
+    def load(self, lease: Lease, block_ids: Sequence[int], deadline_s: float, *, skipped: int) -> DeviceLoad:
         """Queue copies of the leased blocks; the lease is the load's from now on.
+
+        Args:
+            skipped: so many leading ones are not copied, and have no block id.
 
         Raises:
             KVServiceError: nothing was begun. CudaError.
         """
         reason = MISS_REASONS.get(lease.miss, Reason.NOT_HELD)
-        blocks = len(lease.blocks)
+        views = lease.blocks[skipped:]
+        blocks = len(views)
         if not blocks:
             lease.release()
             return DeviceLoad(None, None, 0, reason)
 
         def let_go() -> bool:
-            is_valid = lease.valid_prefix() == blocks
+            is_valid = lease.valid_prefix() == skipped + blocks
             lease.release()
             return is_valid
 
-        transfer = self._begin(Direction.LOAD, lease.blocks, block_ids[:blocks], deadline_s, let_go)
+        transfer = self._begin(Direction.LOAD, views, block_ids[:blocks], deadline_s, let_go)
         self._watchdog.watch(transfer)
         return DeviceLoad(self._context, transfer, blocks, reason)
 
-    def save(self, reservation: Reservation, block_ids: Sequence[int], deadline_s: float) -> SaveResult:
+    def save(
+        self,
+        reservation: Reservation,
+        block_ids: Sequence[int],
+        deadline_s: float,
+        is_source_kept: Callable[[], bool],
+    ) -> SaveResult:
         """Copy what was reserved, and publish it. Blocks until the source may be overwritten.
 
         Raises:
-            KVServiceError: nothing was published. CudaError.
+            KVServiceError, SourceGone: nothing was published. CudaError.
         """
         known = SaveResult(held=reservation.held, being_written=reservation.being_written, refused=reservation.refused)
         if not reservation.reserved:
@@ -91,6 +102,8 @@ class MappedPlane:
             self._copiers[Direction.SAVE].drain()
             transfer.fail()
             raise DaemonUnreachable("the GPU did not copy the blocks in time")
+        if not is_source_kept():
+            raise SourceGone
         committed = reservation.commit()
         dropped = sum(outcome is Committed.DROPPED for outcome in committed)
         return known.plus(SaveResult(saved=len(committed) - dropped, refused=dropped))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvservice_client.client import Client
 from kvservice_client.device.cache import DeviceCache
-from kvservice_client.device.ipc import Call, IpcPlane, PendingSave
+from kvservice_client.device.ipc import Call, IpcPlane, PendingSave, SourceGone
 from kvservice_client.device.mapped import MappedPlane
 from kvservice_client.errors import CapacityExhausted
 from kvservice_client.outcomes import Reason, SaveResult
@@ -34,6 +34,7 @@ class Saving:
         hashes: Sequence[bytes],
         *,
         parent: bytes,
+        is_source_kept: Callable[[], bool],
     ) -> None:
         """`ipc`: None where `mapped` serves."""
         self.result = SaveResult()
@@ -43,6 +44,7 @@ class Saving:
         self._call = call
         self._hashes = hashes
         self._parent = parent
+        self._is_source_kept = is_source_kept
         self._ends_at_s = time.monotonic() + call.deadline_s
         self._at_once = max(1, _PIECE_BYTES // cache.block_size_bytes)
         self._pending: PendingSave | None = None
@@ -51,7 +53,7 @@ class Saving:
         """Save everything, or a prefix: `result` says how much. Blocks until the source may be overwritten.
 
         Raises:
-            KVServiceError, CudaError: `result` has what was published before.
+            KVServiceError, CudaError, SourceGone: `result` has what was published before.
         """
         start, blocks = 0, len(self._hashes)
         try:
@@ -78,6 +80,8 @@ class Saving:
             self.result = self.result.with_rest_refused(blocks, Reason.PARENT_MISSING)
 
     def _begin(self, start: int, end: int) -> None:
+        if not self._is_source_kept():
+            raise SourceGone
         size = len(self._hashes[0])
         piece = replace(
             self._call,
@@ -87,9 +91,8 @@ class Saving:
             parent=self._hashes[start - 1] if start else self._parent,
         )
         if self._ipc is not None:
-            begun = self._ipc.begin_save(piece)
-            self._finish()
-            self._pending = begun
+            before, self._pending = self._pending, self._ipc.begin_save(piece)
+            self._publish(before)
             return
         assert self._mapped is not None, "bound without a plane"
         with self._client.put(
@@ -99,9 +102,14 @@ class Saving:
             request_id=piece.request_id,
             deadline_s=piece.deadline_s,
         ) as reservation:
-            self.result = self.result.plus(self._mapped.save(reservation, piece.block_ids, piece.deadline_s))
+            self.result = self.result.plus(
+                self._mapped.save(reservation, piece.block_ids, piece.deadline_s, self._is_source_kept)
+            )
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None
+        self._publish(pending)
+
+    def _publish(self, pending: PendingSave | None) -> None:
         if pending is not None and self._ipc is not None:
-            self.result = self.result.plus(self._ipc.finish_save(pending))
+            self.result = self.result.plus(self._ipc.finish_save(pending, self._is_source_kept))

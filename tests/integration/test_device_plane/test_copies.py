@@ -47,6 +47,45 @@ def test_blocks_come_back_bit_by_bit_to_other_places(
     eventually(lambda: daemon.holds() == (0, 0, 0))
 
 
+@pytest.mark.parametrize("exportable", [True, False])
+def test_what_the_engine_has_of_a_chain_is_not_copied(
+    make_engine: MakeEngine, daemon: DaemonThread, *, exportable: bool
+) -> None:
+    engine = make_engine(exportable=exportable)
+    saved = engine.blocks([0, 1, 2, 3, 4])
+    engine.kv.save(chain("a", 5), [0, 1, 2, 3, 4])
+    others = [number for number in range(BLOCKS) if number not in (10, 11)]
+    before = engine.blocks(others)
+    load = engine.kv.load(chain("a", 6), [10, 11, 12])
+    assert load.blocks == 2
+    assert load.result() == kv.LoadResult(2, Reason.NOT_HELD)
+    assert engine.blocks([10, 11]) == saved[3:]
+    assert engine.blocks(others) == before
+    nothing = engine.kv.load([*chain("a", 5), *chain("b", 2)], [12, 13])
+    assert (nothing.blocks, nothing.reason, nothing.is_quiet) == (0, Reason.NOT_HELD, True)
+    eventually(lambda: daemon.holds() == (0, 0, 0))
+    eventually(lambda: engine.kv.transfers_under_way == 0)
+
+
+@pytest.mark.parametrize("exportable", [True, False])
+def test_what_was_read_from_blocks_given_away_is_not_published(
+    make_engine: MakeEngine, daemon: DaemonThread, *, exportable: bool
+) -> None:
+    engine = make_engine(exportable=exportable)
+    asked: list[bool] = []
+
+    def is_source_kept() -> bool:
+        """Until the copy has begun."""
+        asked.append(True)
+        return len(asked) < 2
+
+    result = engine.kv.save(chain("a", 3), [0, 1, 2], is_source_kept=is_source_kept)
+    assert (result.saved, result.refused, result.reason) == (0, 3, Reason.CHANGED)
+    assert engine.client.lookup(chain("a", 3)).blocks == 0
+    eventually(lambda: daemon.holds() == (0, 0, 0))
+    assert engine.kv.save(chain("a", 3), [0, 1, 2]).saved == 3
+
+
 def test_memory_that_fails_to_be_exported_takes_the_other_plane_whatever_its_attribute_says(
     make_engine: MakeEngine, gpu: FakeGpu
 ) -> None:
