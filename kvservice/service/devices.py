@@ -63,7 +63,6 @@ class Devices:
             sequence=request.device.sequence,
             attempt_id=request.attempt_id,
             hashes=len(request.hashes) // namespace.spec.hash_size_bytes,
-            may_skip=isinstance(request, pb.GetRequest),
         )
 
     def put_response(

@@ -33,15 +33,10 @@ _WAYS = {Direction.LOAD: "dram_to_gpu", Direction.SAVE: "gpu_to_dram"}
 
 @dataclass(frozen=True, slots=True)
 class DevicePlaces:
-    """What a Get or Put names: the engine's blocks, and where to tell the progress.
-
-    Attributes:
-        block_ids: one per hash, but for the leading `skipped` of a Get: its caller has these.
-    """
+    """What a Get or Put names: the engine's blocks, one per hash, and where to tell the progress."""
 
     registration: Registration
     block_ids: np.ndarray
-    skipped: int
     lane: int
     sequence: int
     attempt_id: int
@@ -128,14 +123,12 @@ class DeviceCopies:
         sequence: int,
         attempt_id: int,
         hashes: int,
-        may_skip: bool,
     ) -> DevicePlaces:
         """Check what a call names before anything is granted. Raises InvalidRequest, LeaseUnknown, Overloaded."""
         registration = self.plane.find(instance.instance_id, registration_id)
         if self._namespaces.get(registration_id) is not namespace:
             raise InvalidRequest("the registration is of another namespace", field="registration_id")
-        skipped = hashes - len(block_ids)
-        if skipped and not (may_skip and 0 < len(block_ids) < hashes):
+        if len(block_ids) != hashes:
             raise InvalidRequest(f"{len(block_ids)} block ids for {hashes} hashes", field="block_ids")
         ids = np.array(block_ids, dtype=np.uint32)
         if len(ids) and int(ids.max()) >= registration.geometry.blocks:
@@ -148,13 +141,13 @@ class DeviceCopies:
             raise InvalidRequest(f"sequence is {sequence}, must be 1 to {SEQUENCE_MAX}", field="sequence")
         if len(registration.copies) >= LANES:
             raise Overloaded(f"{LANES} copies are under way for this registration")
-        return DevicePlaces(registration, ids, skipped, lane, sequence, attempt_id)
+        return DevicePlaces(registration, ids, lane, sequence, attempt_id)
 
     def load(self, instance: Peer, granted: Granted, places: DevicePlaces, blocks: int) -> Copy | None:
         """Begin to copy the leading `blocks` of a Get, all in DRAM now, and end its lease.
 
         Returns:
-            None where nothing is to be copied, or may be any more: the attachment, the lease or the registration ended.
+            None where nothing may be copied any more: the attachment, the lease or the registration has ended.
         """
         try:
             hold = self._holds.find(instance, HoldKind.READ, [granted.hold_id])[0]
@@ -162,10 +155,9 @@ class DeviceCopies:
             return None  # released meanwhile: the client was told that nothing would begin
         is_over = hold.expired or not instance.is_attached or places.registration.is_closed
         copy = None
-        if not is_over and blocks > places.skipped:
+        if not is_over and blocks:
             namespace = self._holds.namespace(hold)
-            block_ids, slots = places.block_ids[: blocks - places.skipped], granted.slots[places.skipped : blocks]
-            copy = self._start(Direction.LOAD, namespace, places, block_ids, slots)
+            copy = self._start(Direction.LOAD, namespace, places, places.block_ids[:blocks], granted.slots[:blocks])
         self._holds.end(hold)
         return copy
 

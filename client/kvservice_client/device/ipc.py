@@ -22,11 +22,7 @@ _COMMIT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What every load and save names.
-
-    Attributes:
-        skipped: how many leading hashes have no block id: the engine has these blocks.
-    """
+    """What every load and save names."""
 
     hashes: bytes
     block_ids: Sequence[int]
@@ -34,7 +30,6 @@ class Call:
     request_id: str
     deadline_s: float
     parent: bytes = b""
-    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +116,7 @@ class IpcPlane:
             self._watchdog.watch(transfer)
             raise LoadUnanswered(DeviceLoad(self._context, transfer, 0, Reason.TIMEOUT)) from error
         runs = [run for response in responses for run in response.runs]
-        held = sum(run.blocks for run in runs if run.WhichOneof("outcome") == "handles")
-        blocks = max(0, held - call.skipped)
+        blocks = sum(run.blocks for run in runs if run.WhichOneof("outcome") == "handles")
         miss = next((run.miss for run in runs if run.WhichOneof("outcome") == "miss"), pb.MISS_REASON_UNSPECIFIED)
         reason = MISS_REASONS.get(miss, Reason.NOT_HELD)
         if not blocks:

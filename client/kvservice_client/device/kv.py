@@ -95,7 +95,7 @@ class DeviceKV:
 
         Args:
             hashes: chain of n hashes, root first.
-            block_ids: where each block goes; fewer than n: the chain's last ones, and those before are not copied.
+            block_ids: where each block goes.
             deadline_s: a load that has not arrived by then has failed, and no stream waits for it any more.
             after: a CUevent to wait for first, where work on the GPU may still use the destination; 0: there is none.
 
@@ -103,7 +103,7 @@ class DeviceKV:
             InvalidRequest: the arguments do not fit.
         """
         call = self._call(hashes, block_ids, session_id, request_id, deadline_s)
-        if not block_ids:
+        if not hashes:
             return DeviceLoad(None, None, 0, Reason.OK)
         try:
             self._await(after)
@@ -113,7 +113,7 @@ class DeviceKV:
             assert self._mapped is not None, "bound without a plane"
             lease = self._client.get(hashes, session_id=session_id, request_id=request_id, deadline_s=deadline_s)
             try:
-                return self._mapped.load(lease, block_ids, deadline_s, skipped=call.skipped)
+                return self._mapped.load(lease, block_ids, deadline_s)
             except BaseException:
                 lease.release()
                 raise
@@ -149,8 +149,6 @@ class DeviceKV:
             InvalidRequest: the arguments do not fit.
         """
         call = self._call(hashes, block_ids, session_id, request_id, deadline_s)
-        if call.skipped:
-            raise InvalidRequest(f"{len(block_ids)} block ids for {len(hashes)} hashes")
         if not hashes:
             return SaveResult()
         try:
@@ -214,12 +212,11 @@ class DeviceKV:
     def _call(
         self, hashes: Sequence[bytes], block_ids: Sequence[int], session_id: str, request_id: str, deadline_s: float
     ) -> Call:
-        if len(block_ids) > len(hashes):
+        if len(block_ids) != len(hashes):
             raise InvalidRequest(f"{len(block_ids)} block ids for {len(hashes)} hashes")
         if any(not 0 <= block_id < self.cache.blocks for block_id in block_ids):
             raise InvalidRequest(f"a block id is out of bounds: the cache has {self.cache.blocks} blocks")
-        skipped = len(hashes) - len(block_ids)
-        return Call(self._client.pack(hashes), block_ids, session_id, request_id, deadline_s, skipped=skipped)
+        return Call(self._client.pack(hashes), block_ids, session_id, request_id, deadline_s)
 
     def _await(self, event: int) -> None:
         if event:

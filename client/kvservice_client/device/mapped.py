@@ -54,28 +54,24 @@ class MappedPlane:
             copier.drain()
             copier.close()
 
-    def load(self, lease: Lease, block_ids: Sequence[int], deadline_s: float, *, skipped: int) -> DeviceLoad:
+    def load(self, lease: Lease, block_ids: Sequence[int], deadline_s: float) -> DeviceLoad:
         """Queue copies of the leased blocks; the lease is the load's from now on.
-
-        Args:
-            skipped: so many leading ones are not copied, and have no block id.
 
         Raises:
             KVServiceError: nothing was begun. CudaError.
         """
         reason = MISS_REASONS.get(lease.miss, Reason.NOT_HELD)
-        views = lease.blocks[skipped:]
-        blocks = len(views)
+        blocks = len(lease.blocks)
         if not blocks:
             lease.release()
             return DeviceLoad(None, None, 0, reason)
 
         def let_go() -> bool:
-            is_valid = lease.valid_prefix() == skipped + blocks
+            is_valid = lease.valid_prefix() == blocks
             lease.release()
             return is_valid
 
-        transfer = self._begin(Direction.LOAD, views, block_ids[:blocks], deadline_s, let_go)
+        transfer = self._begin(Direction.LOAD, lease.blocks, block_ids[:blocks], deadline_s, let_go)
         self._watchdog.watch(transfer)
         return DeviceLoad(self._context, transfer, blocks, reason)
 

@@ -48,26 +48,6 @@ def test_blocks_come_back_bit_by_bit_to_other_places(
 
 
 @pytest.mark.parametrize("exportable", [True, False])
-def test_what_the_engine_has_of_a_chain_is_not_copied(
-    make_engine: MakeEngine, daemon: DaemonThread, *, exportable: bool
-) -> None:
-    engine = make_engine(exportable=exportable)
-    saved = engine.blocks([0, 1, 2, 3, 4])
-    engine.kv.save(chain("a", 5), [0, 1, 2, 3, 4])
-    others = [number for number in range(BLOCKS) if number not in (10, 11)]
-    before = engine.blocks(others)
-    load = engine.kv.load(chain("a", 6), [10, 11, 12])
-    assert load.blocks == 2
-    assert load.result() == kv.LoadResult(2, Reason.NOT_HELD)
-    assert engine.blocks([10, 11]) == saved[3:]
-    assert engine.blocks(others) == before
-    nothing = engine.kv.load([*chain("a", 5), *chain("b", 2)], [12, 13])
-    assert (nothing.blocks, nothing.reason, nothing.is_quiet) == (0, Reason.NOT_HELD, True)
-    eventually(lambda: daemon.holds() == (0, 0, 0))
-    eventually(lambda: engine.kv.transfers_under_way == 0)
-
-
-@pytest.mark.parametrize("exportable", [True, False])
 def test_what_was_read_from_blocks_given_away_is_not_published(
     make_engine: MakeEngine, daemon: DaemonThread, *, exportable: bool
 ) -> None:
