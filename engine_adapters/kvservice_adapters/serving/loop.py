@@ -2,7 +2,8 @@
 
     submit -> ArrivalQueue -> prefill (prefix from the service, the rest computed) -> decode batch -> Result
 
-The service is told of the arrival queue, so that what waits is fetched before its turn.
+The service is told of the arrival queue, so that what waits is fetched before its turn. On a GPU a prefix arrives layer
+by layer during its prefill, or was loaded ahead, while those before it were computed.
 One thread drives `step`; `submit` and `waiting` may be called from any.
 """
 
@@ -28,6 +29,7 @@ from kvservice_adapters.serving.slots import SlotCache
 from kvservice_adapters.transformers import (
     BlockLayout,
     DrainOutcome,
+    PrefixLoad,
     TrackedSequence,
     TransformersAdapter,
     UnsupportedModel,
@@ -235,15 +237,16 @@ class ServingLoop:
 
     def _admit(self, waiting: Waiting, report: StepReport) -> None:
         request, row, started_s = waiting.request, len(self._running), time.perf_counter()
-        tracked, reused = waiting.tracked, 0
+        tracked, load = waiting.tracked, None
         if self._adapter and tracked:
-            reused = self._adapter.fetch(tracked, lambda _blocks: self._cache.row(row))
+            load = self._adapter.begin(tracked, lambda _blocks: self._cache.row(row))
         before, computing_since_s = self._counter.positions, time.perf_counter()
-        logits = self._prefill(waiting.tokens[reused:], row, reused)
+        logits, reused = self._first_logits(waiting.tokens, row, load)
         chooser = TokenChooser(request.sampling)
         token = chooser.choose(logits)
         now_s = time.perf_counter()
-        if self._adapter:
+        # Where layers were waited for, the time says nothing of the speed of computing.
+        if self._adapter and load and load.is_complete:
             self._adapter.prefilled(tokens=len(waiting.tokens) - reused, seconds=now_s - computing_since_s)
         self._running.append(
             _Running(
@@ -268,9 +271,28 @@ class ServingLoop:
             told = [waiting.told for waiting in self._queue.snapshot() if waiting.told]
             self._adapter.update_queue(told, started=started)
 
-    def _prefill(self, tokens: tuple[int, ...], row: int, start: int) -> torch.Tensor:
+    def _first_logits(self, tokens: tuple[int, ...], row: int, load: PrefixLoad | None) -> tuple[torch.Tensor, int]:
+        # The logits behind a prompt, and how many of its tokens were loaded for them.
+        if load is None:
+            return self._prefill(tokens, row, 0), 0
+        logits = self._prefill(tokens[load.tokens :], row, load.tokens, load)
+        self._begin_ahead()
+        reused = load.finish()
+        if reused < load.tokens:
+            # It did not arrive, and the logits are those of whatever was in the row.
+            logits = self._prefill(tokens, row, 0)
+        return logits, reused
+
+    def _begin_ahead(self) -> None:
+        # Called while the device is busy: what waits is loaded meanwhile.
+        if self._adapter:
+            for waiting in self._queue.snapshot():
+                if waiting.tracked and not self._adapter.begin_ahead(waiting.tracked):
+                    return
+
+    def _prefill(self, tokens: tuple[int, ...], row: int, start: int, load: PrefixLoad | None = None) -> torch.Tensor:
         device = self._model.device
-        self._cache.place_prompt(row, start)
+        self._cache.place_prompt(row, start, load)
         positions = torch.arange(start, start + len(tokens), device=device)
         output = self._model(
             input_ids=torch.tensor([tokens], dtype=torch.long, device=device),
@@ -286,6 +308,7 @@ class ServingLoop:
         logits = self._decode_step(
             [running.generated[-1] for running in self._running], [running.length for running in self._running]
         )
+        self._begin_ahead()
         for row, running in enumerate(self._running):
             running.length += 1
             if running.tracked:

@@ -10,11 +10,12 @@ up to the longest of them; a mask hides what lies behind a row's own end.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvservice_adapters.transformers import BlockLayout, KVRows
+from kvservice_adapters.transformers import BlockLayout, KVRows, PrefixLoad
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -77,23 +78,34 @@ class SlotCache(Cache):
 
     def __init__(self, layout: BlockLayout, *, rows: int, window_tokens: int, device: torch.device) -> None:
         self._slot_layers = [SlotLayer(layout, rows, window_tokens, device) for _ in range(layout.layers)]
+        self._load: PrefixLoad | None = None
         super().__init__(layers=list(self._slot_layers))
 
     def row(self, row: int) -> KVRows:
         """One row's keys and values per layer, [kv_heads, window, head_dim]: views."""
         return [(layer.row_keys[row], layer.row_values[row]) for layer in self._slot_layers]
 
-    def place_prompt(self, row: int, start: int) -> None:
-        """The next forward runs tokens of one row, from position `start` on."""
+    def place_prompt(self, row: int, start: int, load: PrefixLoad | None = None) -> None:
+        """The next forward runs tokens of one row, from position `start` on; what is before them may be arriving."""
+        self._load = load
         for layer in self._slot_layers:
             layer.place_prompt(row, start)
 
     def place_step(self, positions: Sequence[int], device: torch.device) -> torch.Tensor:
         """The next forward runs one token of each of the first rows; returns their positions, [rows]."""
+        self._load = None
         indices = torch.tensor(positions, dtype=torch.long, device=device)
         for layer in self._slot_layers:
             layer.place_step(indices, max(positions) + 1)
         return indices
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write and return one layer's keys and values, as the layer does, behind the wait for what is arriving."""
+        if self._load is not None:
+            self._load.wait_layer(layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def move_row(self, source: int, target: int, length_tokens: int) -> None:
         """Copy one row's tokens over another row."""

@@ -1,14 +1,15 @@
 """transformers: the adapter for Hugging Face transformers 5.
 
 Read in this order: `layout` (a block's bytes), `support` (which models, and their namespace),
-`sequence` (one request's tokens and hashes), `saving` (the background thread), `cache` and
-`adapter` (what an engine calls).
+`sequence` (one request's tokens and hashes), `paths` (how bytes travel), `saving` (the background
+thread), `loading` (what is loaded), `cache` and `adapter` (what an engine calls).
 """
 
 from kvservice_adapters.transformers.adapter import AdapterOptions, TransformersAdapter, token_list
 from kvservice_adapters.transformers.cache import PrefixCache
 from kvservice_adapters.transformers.counters import AdapterStats
 from kvservice_adapters.transformers.layout import BlockLayout, KVRows
+from kvservice_adapters.transformers.loading import PrefixLoad
 from kvservice_adapters.transformers.positions import positions_of
 from kvservice_adapters.transformers.saving import DrainOutcome
 from kvservice_adapters.transformers.sequence import TrackedSequence
@@ -21,6 +22,7 @@ __all__ = [
     "DrainOutcome",
     "KVRows",
     "PrefixCache",
+    "PrefixLoad",
     "ServedModel",
     "TrackedSequence",
     "TransformersAdapter",

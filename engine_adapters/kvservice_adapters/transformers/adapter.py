@@ -1,8 +1,7 @@
 """adapter: Hugging Face transformers on the service; load before generation, save behind its back."""
 
 import os
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -16,7 +15,9 @@ from kvservice_adapters.speed import PrefillSpeed
 from kvservice_adapters.transformers.cache import PrefixCache
 from kvservice_adapters.transformers.counters import AdapterCounters, AdapterStats
 from kvservice_adapters.transformers.layout import KVRows
-from kvservice_adapters.transformers.positions import move_keys, positions_of
+from kvservice_adapters.transformers.loading import PrefixLoad, PrefixLoader
+from kvservice_adapters.transformers.paths import BlockPath, HostPath, RowsFor
+from kvservice_adapters.transformers.positions import positions_of
 from kvservice_adapters.transformers.saving import BackgroundSaver, DrainOutcome
 from kvservice_adapters.transformers.sequence import TrackedSequence
 from kvservice_adapters.transformers.support import ServedModel, serve_model
@@ -68,6 +69,7 @@ class TransformersAdapter:
         instance_name: str = "transformers",
         options: AdapterOptions | None = None,
         truncation: TruncationPolicy | None = None,
+        path: BlockPath | None = None,
     ) -> None:
         """Check the model, attach, start the saving thread.
 
@@ -79,6 +81,8 @@ class TransformersAdapter:
             instance_name: For people: what the daemon shows for this engine.
             options: Sizes and deadlines.
             truncation: How conversations that outgrow the window are cut; see `fit`. None: they are not.
+            path: How blocks travel, made for the same model and service; the adapter closes it. None: by the model's
+                device.
 
         Raises:
             UnsupportedModel: This model's cache cannot be stored by token prefix.
@@ -101,18 +105,23 @@ class TransformersAdapter:
         self._model = model
         self._client, self._owns_client = self._client_for(service, instance_name)
         self._counters = AdapterCounters()
-        self._saver = BackgroundSaver(
-            self._client,
-            self.served.layout,
-            self._counters,
-            queue_size_bytes=self.options.save_queue_size_bytes,
-            deadline_s=self.options.save_deadline_s,
-        )
+        self._path = path or self._path_for_device()
+        self._saver = BackgroundSaver(self._path, self._counters, deadline_s=self.options.save_deadline_s)
         self._speed = PrefillSpeed()
-        # Loaded blocks land here first; kept, because fresh memory costs page faults and pinning.
-        self._landing = torch.empty(0, dtype=torch.uint8)
-        self._landing_lock = threading.Lock()
-        self._hook = model.register_forward_pre_hook(_check_input, with_kwargs=True)
+        self._loader = PrefixLoader(
+            self._client,
+            self._path,
+            self._saver,
+            self._counters,
+            self.served.namespace,
+            deadline_s=self.options.load_deadline_s,
+            settle_timeout_s=self.options.settle_timeout_s,
+            speed=self._speed if self.options.recompute_if_faster else None,
+        )
+        self._hooks = (
+            model.register_forward_pre_hook(_check_input, with_kwargs=True),
+            model.register_forward_hook(_check_output, with_kwargs=True),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -139,6 +148,9 @@ class TransformersAdapter:
     ) -> PrefixCache:
         """Make a cache that holds the longest prefix the service has; at least one token stays to compute.
 
+        On a GPU the prefix may still be arriving when this returns: each layer waits where the model first needs it,
+        and a prefix that did not arrive is computed behind the model's first forward, before it returns.
+
         Args:
             input_ids: The prompt, [tokens] or [1, tokens]; or what `fit` made, which knows its session.
             session_id: The conversation, so that it can be told apart and forgotten.
@@ -150,7 +162,8 @@ class TransformersAdapter:
         prompt = input_ids if isinstance(input_ids, FittedPrompt) else token_list(input_ids)
         sequence = self.track(prompt, session_id=session_id, request_id=request_id)
         cache = PrefixCache(self._model.config, sequence)
-        self.fetch(sequence, lambda blocks: cache.preload(self.served.layout, blocks, self.served.device))
+        load = self.begin(sequence, lambda blocks: cache.make_room(self.served.layout, blocks, self.served.device))
+        cache.expect(load)
         return cache
 
     def save(self, output_ids: torch.Tensor | Sequence[int], cache: PrefixCache) -> None:
@@ -188,31 +201,36 @@ class TransformersAdapter:
         chain = BlockChain(namespace.fingerprint, namespace.tokens_per_block, tokens)
         return TrackedSequence(chain, session_id=session_id, request_id=request_id)
 
-    def fetch(self, sequence: TrackedSequence, rows_for: Callable[[int], KVRows]) -> int:
-        """Load the longest held prefix into an engine's cache; blocks until it is there.
+    def begin(self, sequence: TrackedSequence, rows_for: RowsFor) -> PrefixLoad:
+        """Begin to load the longest held prefix into an engine's cache; what was begun ahead goes on.
+
+        Let the forward wait for each layer of the load, and ask `finish` behind it. Only then is it known whether what
+        was computed is right; if not, compute the prompt from its first token.
 
         Args:
             sequence: A sequence of which nothing is computed yet.
-            rows_for: Called once with the number of blocks that arrived; returns the cache to put them into.
+            rows_for: Called with the number of blocks that may arrive; returns the cache to put them into. Not called
+                where nothing arrives.
+        """
+        return self._loader.begin(sequence, rows_for)
+
+    def begin_ahead(self, sequence: TrackedSequence) -> bool:
+        """Begin to load the prefix of a sequence that waits, where there is room for it outside the engine's cache.
+
+        Call it in the order of the queue, until it says no, while the device is busy; again with every step.
+
+        Returns:
+            Whether the sequence was seen to; no: not yet.
+        """
+        return self._loader.begin_ahead(sequence)
+
+    def fetch(self, sequence: TrackedSequence, rows_for: RowsFor) -> int:
+        """`begin`, and wait for its end. Blocks.
 
         Returns:
             Tokens that need not be computed, fewer than the prompt has; 0 where nothing could be loaded.
         """
-        # The last prompt token is always computed: its logits are what the engine is asked for.
-        usable = (len(sequence.chain.tokens) - 1) // self.served.layout.tokens_per_block
-        hashes = sequence.chain.hashes[:usable]
-        with self._landing_lock:
-            loaded = self._load_into_landing(sequence, hashes) if hashes else kvservice_client.LoadResult()
-            blocks = loaded.blocks
-            rows = rows_for(blocks)
-            if blocks:
-                landed = self._landing[: blocks * self.served.layout.block_size_bytes].to(self.served.device)
-                arrived = self.served.layout.as_blocks(landed)
-                if self._rope is not None:
-                    move_keys(arrived, self._rope, loaded.shifted)
-                self.served.layout.scatter(arrived, 0, rows)
-        sequence.save_started(0, blocks)
-        return blocks * self.served.layout.tokens_per_block
+        return self.begin(sequence, rows_for).finish()
 
     def store(self, sequence: TrackedSequence, rows: KVRows, *, length_tokens: int) -> None:
         """Queue the blocks that are full and not saved yet; never waits for the service.
@@ -250,10 +268,7 @@ class TransformersAdapter:
 
     def prepare(self, *, tokens: int) -> None:
         """Make room to load prefixes of up to this many tokens, so that no request pays for fresh memory."""
-        blocks = tokens // self.served.layout.tokens_per_block
-        with self._landing_lock:
-            self._grow_landing(blocks * self.served.layout.block_size_bytes)
-            self._landing.zero_()
+        self._path.prepare(blocks=tokens // self.served.layout.tokens_per_block)
 
     def stats(self) -> AdapterStats:
         """What was loaded, saved and missed so far."""
@@ -265,8 +280,11 @@ class TransformersAdapter:
 
     def close(self) -> None:
         """Finish queued saves within their deadline, then detach if this adapter attached."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._loader.close()
         self._saver.stop(self.options.save_deadline_s)
+        self._path.close()
         if self._owns_client:
             self._client.close()
 
@@ -285,69 +303,35 @@ class TransformersAdapter:
     def _full_blocks(self, sequence: TrackedSequence, length_tokens: int) -> int:
         return min(length_tokens // self.served.layout.tokens_per_block, len(sequence.chain.hashes))
 
-    def _load_into_landing(self, sequence: TrackedSequence, hashes: Sequence[bytes]) -> kvservice_client.LoadResult:
-        # The blocks that are in self._landing, verified by the client.
-        self._counters.add("lookups")
-        if self._client.attached:
-            # A turn may follow the last one faster than its blocks were saved.
-            self._saver.settle(hashes, self.options.settle_timeout_s)
-        try:
-            hits = self._find(sequence, hashes)
-            self._counters.add("missed_blocks", hits.held_blocks - hits.blocks, reason="RECOMPUTED")
-            if hits.blocks == 0:
-                self._counters.add("missed_blocks", len(hashes) - hits.held_blocks, reason=hits.reason.name)
-                return kvservice_client.LoadResult(reason=hits.reason)
-            size_bytes = hits.blocks * self.served.layout.block_size_bytes
-            if self._landing.numel() < size_bytes:
-                # More than needed: a conversation grows a little with every turn.
-                self._grow_landing(size_bytes * 3 // 2)
-            loaded = self._client.load(
-                hashes[: hits.blocks],
-                self._landing[:size_bytes],
-                session_id=sequence.session_id,
-                request_id=sequence.request_id,
-                wait_s=hits.wait_s,
-                deadline_s=self.options.load_deadline_s,
-                accepts_shifts=self._rope is not None,
-            )
-        except kvservice_client.KVServiceError as error:
-            self._counters.add("failed_loads", reason=type(error).__name__)
-            self._counters.add("missed_blocks", len(hashes), reason=type(error).__name__)
-            return kvservice_client.LoadResult()
-        if loaded.blocks < hits.blocks:
-            self._counters.add("failed_loads", reason=loaded.reason.name)
-            self._counters.add("missed_blocks", hits.blocks - loaded.blocks, reason=loaded.reason.name)
-        self._counters.add("missed_blocks", len(hashes) - hits.held_blocks, reason=hits.reason.name)
-        self._counters.add("loaded_blocks", loaded.blocks)
-        self._counters.add("shifted_blocks", sum(run.blocks for run in loaded.shifted))
-        return loaded
-
-    def _find(self, sequence: TrackedSequence, hashes: Sequence[bytes]) -> kvservice_client.LoadPlan:
-        # What of a truncated conversation is not held under its present names may be under former ones.
-        speed = self._speed.tokens_per_s if self.options.recompute_if_faster else 0.0
-        hits = self._client.plan_load(hashes, prefill_tokens_per_s=speed)
-        prompt, namespace = sequence.prompt, self.served.namespace
-        if prompt is None:
-            return hits
-        for view in prompt.former_views(namespace.fingerprint, namespace.tokens_per_block, len(hashes)):
-            if hits.held_blocks >= view.blocks:
-                break
-            self._saver.settle(view.hashes, self.options.settle_timeout_s)
-            named = self._client.truncate(prompt.session_id, hashes[: view.blocks], source=view.hashes, keep=view.kept)
-            if named.held_blocks > hits.held_blocks:
-                hits = self._client.plan_load(hashes, prefill_tokens_per_s=speed)
-        return hits
-
-    def _grow_landing(self, size_bytes: int) -> None:
-        if self._landing.numel() < size_bytes:
-            pinned = self.served.device.type == "cuda"
-            self._landing = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+    def _path_for_device(self) -> BlockPath:
+        return HostPath(
+            self._client,
+            self.served.layout,
+            self.served.device,
+            rope=self._rope,
+            save_queue_size_bytes=self.options.save_queue_size_bytes,
+        )
 
 
 def _check_input(_model: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, PrefixCache):
         cache.check_input(kwargs)
+
+
+def _check_output(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Any:
+    # Behind a forward that may have computed with blocks that did not arrive: then the prefix is computed, and the
+    # forward is run again. None: its output stands.
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, PrefixCache) or not cache.is_arriving:
+        return None
+    tokens = cache.sequence.chain.tokens[: cache.reused_tokens]
+    if cache.arrived():
+        return None
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    prefix = torch.tensor([tokens], dtype=torch.long, device=ids.device).expand(len(ids), -1)
+    model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(*args, **kwargs)
 
 
 def token_list(ids: torch.Tensor | Sequence[int]) -> list[int]:

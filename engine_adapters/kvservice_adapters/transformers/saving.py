@@ -1,9 +1,8 @@
 """saving: the background thread that hands new blocks to the service, and its bounded queue.
 
-The engine's thread copies blocks out of the cache, on the cache's device (the cache may be
-overwritten as soon as `offer` returns); the rest, also the way from a GPU to the host, happens
-here. The queue is bounded in bytes: when it is full the engine does not wait, it offers the same
-blocks again later.
+The engine's thread has blocks copied out of the cache (which may be overwritten as soon as `offer`
+returns); the rest of their way happens here. The queue is bounded: when it is full the engine does
+not wait, it offers the same blocks again later.
 """
 
 import enum
@@ -13,12 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 import kvservice_client
-from kvservice_adapters.service import KVClient
 from kvservice_adapters.transformers.counters import AdapterCounters
-from kvservice_adapters.transformers.layout import BlockLayout, KVRows
+from kvservice_adapters.transformers.layout import KVRows
+from kvservice_adapters.transformers.paths import BlockPath, Outgoing
 from kvservice_adapters.transformers.sequence import TrackedSequence
 
 _log = logging.getLogger(__name__)
@@ -37,34 +34,21 @@ class _SaveJob:
     first_block: int
     hashes: Sequence[bytes]
     parent: bytes
-    blocks: torch.Tensor  # uint8 [blocks * block_size_bytes], on the cache's device
-    gathered: torch.cuda.Event | None  # when the bytes are in `blocks`; None: they are, on the CPU
+    outgoing: Outgoing
 
 
 class BackgroundSaver:
     """Queue and thread. `offer` belongs to the engine's thread, the rest to any thread."""
 
-    def __init__(
-        self,
-        client: KVClient,
-        layout: BlockLayout,
-        counters: AdapterCounters,
-        *,
-        queue_size_bytes: int,
-        deadline_s: float,
-    ) -> None:
-        self._client = client
-        self._layout = layout
+    def __init__(self, path: BlockPath, counters: AdapterCounters, *, deadline_s: float) -> None:
+        self._path = path
         self._counters = counters
-        # At least one block, or nothing could ever be saved.
-        self._blocks_max = max(1, queue_size_bytes // layout.block_size_bytes)
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
         self._jobs: deque[_SaveJob] = deque()
         self._queued_blocks = 0
         self._pending: set[bytes] = set()
         self._stopping = False
-        self._stream: torch.cuda.Stream | None = None  # made by the thread when the first block comes from a GPU
         self._thread = threading.Thread(target=self._run, name="kvservice-saver", daemon=True)
         self._thread.start()
 
@@ -72,23 +56,19 @@ class BackgroundSaver:
         """Queue copies of the sequence's unsaved blocks before `end_block`, as many as the queue takes."""
         first = sequence.next_save_block
         with self._changed:
-            room = 0 if self._stopping else self._blocks_max - self._queued_blocks
-            count = min(end_block - first, room)
-            if count < 1:
-                return
-            self._queued_blocks += count
-        hashes = tuple(sequence.chain.hashes[first : first + count])
+            room = 0 if self._stopping else self._path.outgoing_blocks_max - self._queued_blocks
+        count = min(end_block - first, room)
+        outgoing = self._path.copy_out(rows, first, count) if count > 0 else None
+        if outgoing is None:
+            return
+        end = first + outgoing.blocks
+        hashes = tuple(sequence.chain.hashes[first:end])
         parent = sequence.chain.hashes[first - 1] if first else b""
-        try:
-            blocks, gathered = self._copy_out(rows, first, count)
-        except BaseException:
-            # Whatever it was, the queue must not stay smaller for it.
-            self._finished(hashes)
-            raise
-        sequence.save_started(first, first + count)
+        sequence.save_started(first, end)
         with self._changed:
+            self._queued_blocks += len(hashes)
             self._pending.update(hashes)
-            self._jobs.append(_SaveJob(sequence, first, hashes, parent, blocks, gathered))
+            self._jobs.append(_SaveJob(sequence, first, hashes, parent, outgoing))
             self._changed.notify_all()
 
     def settle(self, hashes: Sequence[bytes], timeout_s: float) -> DrainOutcome:
@@ -111,30 +91,6 @@ class BackgroundSaver:
             self._changed.notify_all()
         self._thread.join(timeout_s)
         return DrainOutcome.TIMED_OUT if self._thread.is_alive() else DrainOutcome.DRAINED
-
-    def _copy_out(self, rows: KVRows, first_block: int, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        device = rows[0][0].device
-        blocks = torch.empty(count * self._layout.block_size_bytes, dtype=torch.uint8, device=device)
-        self._layout.gather(rows, first_block, self._layout.as_blocks(blocks))
-        if device.type != "cuda":
-            return blocks, None
-        gathered = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        gathered.record(torch.cuda.current_stream(device))
-        return blocks, gathered
-
-    def _host_bytes(self, job: _SaveJob) -> torch.Tensor:
-        if job.gathered is None:
-            return job.blocks
-        # A stream of its own, so that the copy does not queue behind the engine's kernels, and one large copy,
-        # because small ones leave most of the bus unused. torch recycles pinned memory by itself.
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(job.blocks.device)  # type: ignore[no-untyped-call]
-        staging = torch.empty(job.blocks.numel(), dtype=torch.uint8, pin_memory=True)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(job.gathered)
-            staging.copy_(job.blocks, non_blocking=True)
-        self._stream.synchronize()
-        return staging
 
     def _run(self) -> None:
         while True:
@@ -161,11 +117,9 @@ class BackgroundSaver:
             self._changed.notify_all()
 
     def _save(self, job: _SaveJob) -> None:
-        source = self._host_bytes(job)
         try:
-            done = self._client.save(
+            done = job.outgoing.save(
                 job.hashes,
-                source,
                 parent=job.parent,
                 session_id=job.sequence.session_id,
                 request_id=job.sequence.request_id,
