@@ -328,8 +328,8 @@ def _check_output(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
     tokens = cache.sequence.chain.tokens[: cache.reused_tokens]
     if cache.arrived():
         return None
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    prefix = torch.tensor([tokens], dtype=torch.long, device=ids.device).expand(len(ids), -1)
+    device = next(model.parameters()).device
+    prefix = torch.tensor([tokens], dtype=torch.long, device=device)
     model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return model(*args, **kwargs)
 
