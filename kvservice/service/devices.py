@@ -14,6 +14,8 @@ from kvservice_cuda.geometry import PIECES_MAX, Geometry, Piece
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _UUID_BYTES = 16
+_REVISION = 1
+"""Of what a Get may ask: see RegisterDeviceResponse."""
 
 
 class Devices:
@@ -37,7 +39,7 @@ class Devices:
         registration = await self._store.device_copies.register(
             instance, namespace, request.device_uuid, _regions(request), _geometry(request)
         )
-        return pb.RegisterDeviceResponse(registration_id=registration.registration_id, lanes=LANES)
+        return pb.RegisterDeviceResponse(registration_id=registration.registration_id, lanes=LANES, revision=_REVISION)
 
     async def unregister(self, request: pb.UnregisterDeviceRequest, context: Context) -> pb.UnregisterDeviceResponse:
         """Answered when nothing touches that memory any more."""
@@ -52,12 +54,15 @@ class Devices:
         """
         if not request.HasField("device"):
             return None
+        if request.device.first and isinstance(request, pb.PutRequest):
+            raise InvalidRequest("a Put copies all that it reserves: `first` is a Get's", field="first")
         instance = self._instance_of(context)
         namespace = self._store.namespace(instance, request.namespace_id)
         return self._store.device_copies.require_places(
             instance,
             namespace,
             registration_id=request.device.registration_id,
+            first=request.device.first,
             block_ids=request.device.block_ids,
             lane=request.device.lane,
             sequence=request.device.sequence,
@@ -92,11 +97,11 @@ class Devices:
         except BaseException:
             copies.end_lease(instance, granted)
             raise
-        copied = landed.blocks if copy is not None else 0
+        handed_out = landed.blocks if copy is not None else 0
         response = pb.GetResponse()
-        if copied:
-            response.runs.add(blocks=copied, handles=pb.Handles(device=pb.DeviceHandles()))
-        messages.add_misses(response, len(granted.slots) - copied + granted.missed, landed.miss)
+        for blocks, shift in messages.shift_runs(granted.shifts, 0, handed_out):
+            response.runs.add(blocks=blocks, handles=pb.Handles(device=pb.DeviceHandles()), shift_tokens=shift)
+        messages.add_misses(response, len(granted.slots) - handed_out + granted.missed, landed.miss)
         yield response
 
 

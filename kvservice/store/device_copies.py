@@ -33,9 +33,15 @@ _WAYS = {Direction.LOAD: "dram_to_gpu", Direction.SAVE: "gpu_to_dram"}
 
 @dataclass(frozen=True, slots=True)
 class DevicePlaces:
-    """What a Get or Put names: the engine's blocks, one per hash, and where to tell the progress."""
+    """What a Get or Put names: the engine's blocks, and where to tell the progress.
+
+    Attributes:
+        first: of a Get: the place in its chain of the first block that is copied.
+        block_ids: one per hash from there on.
+    """
 
     registration: Registration
+    first: int
     block_ids: np.ndarray
     lane: int
     sequence: int
@@ -118,6 +124,7 @@ class DeviceCopies:
         namespace: Namespace,
         *,
         registration_id: int,
+        first: int,
         block_ids: Sequence[int],
         lane: int,
         sequence: int,
@@ -128,8 +135,8 @@ class DeviceCopies:
         registration = self.plane.find(instance.instance_id, registration_id)
         if self._namespaces.get(registration_id) is not namespace:
             raise InvalidRequest("the registration is of another namespace", field="registration_id")
-        if len(block_ids) != hashes:
-            raise InvalidRequest(f"{len(block_ids)} block ids for {hashes} hashes", field="block_ids")
+        if len(block_ids) != hashes - first:
+            raise InvalidRequest(f"{len(block_ids)} block ids for {hashes - first} hashes", field="block_ids")
         ids = np.array(block_ids, dtype=np.uint32)
         if len(ids) and int(ids.max()) >= registration.geometry.blocks:
             raise InvalidRequest(
@@ -141,13 +148,14 @@ class DeviceCopies:
             raise InvalidRequest(f"sequence is {sequence}, must be 1 to {SEQUENCE_MAX}", field="sequence")
         if len(registration.copies) >= LANES:
             raise Overloaded(f"{LANES} copies are under way for this registration")
-        return DevicePlaces(registration, ids, lane, sequence, attempt_id)
+        return DevicePlaces(registration, first, ids, lane, sequence, attempt_id)
 
     def load(self, instance: Peer, granted: Granted, places: DevicePlaces, blocks: int) -> Copy | None:
-        """Begin to copy the leading `blocks` of a Get, all in DRAM now, and end its lease.
+        """Begin to copy the leading `blocks` of a Get, all in DRAM now, as far as it wants them; and end its lease.
 
         Returns:
-            None where nothing may be copied any more: the attachment, the lease or the registration has ended.
+            None where there is nothing to copy, or nothing may be copied any more: the attachment, the lease or the
+            registration has ended.
         """
         try:
             hold = self._holds.find(instance, HoldKind.READ, [granted.hold_id])[0]
@@ -155,9 +163,10 @@ class DeviceCopies:
             return None  # released meanwhile: the client was told that nothing would begin
         is_over = hold.expired or not instance.is_attached or places.registration.is_closed
         copy = None
-        if not is_over and blocks:
+        if not is_over and blocks > places.first:
             namespace = self._holds.namespace(hold)
-            copy = self._start(Direction.LOAD, namespace, places, places.block_ids[:blocks], granted.slots[:blocks])
+            block_ids, slots = places.block_ids[: blocks - places.first], granted.slots[places.first : blocks]
+            copy = self._start(Direction.LOAD, namespace, places, block_ids, slots)
         self._holds.end(hold)
         return copy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,17 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _REGISTER_TIMEOUT_S = 10.0
 _COMMIT_TIMEOUT_S = 10.0
+_REVISION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What every load and save names."""
+    """What every load and save names.
+
+    Attributes:
+        parent: of a save: see DeviceKV.save.
+        first, wait_s, accepts_shifts: of a load: see DeviceKV.load.
+    """
 
     hashes: bytes
     block_ids: Sequence[int]
@@ -30,6 +37,9 @@ class Call:
     request_id: str
     deadline_s: float
     parent: bytes = b""
+    first: int = 0
+    wait_s: float = 0.0
+    accepts_shifts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,8 @@ class IpcPlane:
         request = registration_request(cache, driver, context, namespace_id=self._namespace_id)
         response = link.call(link.stub.RegisterDevice, request, _REGISTER_TIMEOUT_S)
         self._registration_id: int = response.registration_id
+        # An older daemon would copy what moved and not say so, or take block ids to be those of the chain's root.
+        self._knows_shifts_and_first: bool = response.revision >= _REVISION
         try:
             descriptor, size_bytes = link.device_progress(self._registration_id)
             self._lanes = Lanes(context, lanes=response.lanes, descriptor=descriptor, size_bytes=size_bytes)
@@ -98,11 +110,15 @@ class IpcPlane:
         Raises:
             KVServiceError: nothing was begun.
         """
+        if call.first and not self._knows_shifts_and_first:
+            return DeviceLoad(None, None, 0, Reason.NOT_HELD)
         request = pb.GetRequest(
             namespace_id=self._namespace_id,
             hashes=call.hashes,
             session_id=call.session_id,
             request_id=call.request_id,
+            wait_ms=math.ceil(call.wait_s * 1000),
+            accepts_shifts=call.accepts_shifts and self._knows_shifts_and_first,
         )
         transfer, device = self._transfer(call, lambda: request.attempt_id)
         request.device.CopyFrom(device)
@@ -116,15 +132,16 @@ class IpcPlane:
             self._watchdog.watch(transfer)
             raise LoadUnanswered(DeviceLoad(self._context, transfer, 0, Reason.TIMEOUT)) from error
         runs = [run for response in responses for run in response.runs]
-        blocks = sum(run.blocks for run in runs if run.WhichOneof("outcome") == "handles")
+        copied = [run for run in runs if run.WhichOneof("outcome") == "handles"]
+        shifts = [run.shift_tokens for run in copied for _ in range(run.blocks)][call.first :]
         miss = next((run.miss for run in runs if run.WhichOneof("outcome") == "miss"), pb.MISS_REASON_UNSPECIFIED)
         reason = MISS_REASONS.get(miss, Reason.NOT_HELD)
-        if not blocks:
+        if not shifts:
             self._never_began(transfer)
             return DeviceLoad(None, None, 0, reason)
         transfer.has_begun = True
         self._watchdog.watch(transfer)
-        return DeviceLoad(self._context, transfer, blocks, reason)
+        return DeviceLoad(self._context, transfer, len(shifts), reason, shifts)
 
     def begin_save(self, call: Call) -> PendingSave:
         """Reserve, and let the daemon copy. Does not wait for bytes.
@@ -216,7 +233,11 @@ class IpcPlane:
             deadline_s=call.deadline_s,
         )
         return transfer, pb.DeviceBlocks(
-            registration_id=self._registration_id, block_ids=call.block_ids, lane=lane, sequence=sequence
+            registration_id=self._registration_id,
+            first=call.first,
+            block_ids=call.block_ids,
+            lane=lane,
+            sequence=sequence,
         )
 
     def _give_up(self, transfer: Transfer, attempt_id: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvservice_client.client import Client
 from kvservice_client.device.cache import DeviceCache
@@ -84,10 +84,13 @@ class DeviceKV:
         hashes: Sequence[bytes],
         block_ids: Sequence[int],
         *,
+        first: int = 0,
         session_id: str = "",
         request_id: str = "",
+        wait_s: float = 0.0,
         deadline_s: float = _CALL_TIMEOUT_S,
         after: int = 0,
+        accepts_shifts: bool = False,
     ) -> DeviceLoad:
         """Begin to copy the longest held prefix into the engine's blocks. Blocks until that has begun, not longer.
 
@@ -95,15 +98,23 @@ class DeviceKV:
 
         Args:
             hashes: chain of n hashes, root first.
-            block_ids: where each block goes.
+            block_ids: where each block from `first` on goes.
+            first: so many leading blocks are not copied: the engine has them.
+            wait_s: how long to wait for blocks from NVMe, as a plan says; what comes later is a miss. 0.0: deadline_s.
             deadline_s: a load that has not arrived by then has failed, and no stream waits for it any more.
             after: a CUevent to wait for first, where work on the GPU may still use the destination; 0: there is none.
+            accepts_shifts: the caller rotates the keys of blocks that moved, as the load's `shifts` say; without it
+                they are misses.
 
         Raises:
             InvalidRequest: the arguments do not fit.
         """
-        call = self._call(hashes, block_ids, session_id, request_id, deadline_s)
-        if not hashes:
+        call = replace(
+            self._call(hashes, block_ids, session_id, request_id, deadline_s, first=first),
+            wait_s=wait_s,
+            accepts_shifts=accepts_shifts,
+        )
+        if not block_ids:
             return DeviceLoad(None, None, 0, Reason.OK)
         try:
             self._await(after)
@@ -111,9 +122,16 @@ class DeviceKV:
             if ipc is not None:
                 return ipc.load(call)
             assert self._mapped is not None, "bound without a plane"
-            lease = self._client.get(hashes, session_id=session_id, request_id=request_id, deadline_s=deadline_s)
+            lease = self._client.get(
+                hashes,
+                session_id=session_id,
+                request_id=request_id,
+                wait_s=wait_s,
+                deadline_s=deadline_s,
+                accepts_shifts=accepts_shifts,
+            )
             try:
-                return self._mapped.load(lease, block_ids, deadline_s)
+                return self._mapped.load(lease, block_ids, deadline_s, first=first)
             except BaseException:
                 lease.release()
                 raise
@@ -210,13 +228,20 @@ class DeviceKV:
         link.call(link.stub.RegisterDevice, request, _CALL_TIMEOUT_S)
 
     def _call(
-        self, hashes: Sequence[bytes], block_ids: Sequence[int], session_id: str, request_id: str, deadline_s: float
+        self,
+        hashes: Sequence[bytes],
+        block_ids: Sequence[int],
+        session_id: str,
+        request_id: str,
+        deadline_s: float,
+        *,
+        first: int = 0,
     ) -> Call:
-        if len(block_ids) != len(hashes):
-            raise InvalidRequest(f"{len(block_ids)} block ids for {len(hashes)} hashes")
+        if not 0 <= first <= len(hashes) or len(block_ids) != len(hashes) - first:
+            raise InvalidRequest(f"{len(block_ids)} block ids for {len(hashes)} hashes from place {first} on")
         if any(not 0 <= block_id < self.cache.blocks for block_id in block_ids):
             raise InvalidRequest(f"a block id is out of bounds: the cache has {self.cache.blocks} blocks")
-        return Call(self._client.pack(hashes), block_ids, session_id, request_id, deadline_s)
+        return Call(self._client.pack(hashes), block_ids, session_id, request_id, deadline_s, first=first)
 
     def _await(self, event: int) -> None:
         if event:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvservice_client.device.lanes import Lanes
-from kvservice_client.outcomes import LoadResult, Reason
+from kvservice_client.outcomes import LoadResult, Reason, ShiftedBlocks
+from kvservice_client.truncation import shifted_blocks
 from kvservice_cuda.copier import progress
 from kvservice_cuda.driver import Context
 
@@ -164,14 +165,28 @@ class DeviceLoad:
     Attributes:
         blocks: how many leading blocks are being copied; the rest: recompute.
         reason: why not more.
+        shifts: by how many tokens each block's keys must be rotated once they are there; 0 unless shifts are accepted.
     """
 
-    def __init__(self, context: Context | None, transfer: Transfer | None, blocks: int, reason: Reason) -> None:
+    def __init__(
+        self,
+        context: Context | None,
+        transfer: Transfer | None,
+        blocks: int,
+        reason: Reason,
+        shifts: Sequence[int] = (),
+    ) -> None:
         """`transfer`: None where nothing was begun."""
         self._context = context
         self._transfer = transfer
         self.blocks = blocks
         self.reason = reason
+        self.shifts = tuple(shifts)
+
+    @property
+    def shifted(self) -> tuple[ShiftedBlocks, ...]:
+        """The same as runs of blocks that moved, the first loaded block being 0."""
+        return shifted_blocks(self.shifts, self.blocks)
 
     def wait_layer(self, layer: int, stream: Any) -> None:
         """Let the stream's work from now on wait until the layer's bytes are there. The CPU does not wait.
@@ -203,7 +218,7 @@ class DeviceLoad:
         if not self._transfer.wait(timeout_s):
             self._transfer.fail()
         if self._transfer.is_ok:
-            return LoadResult(self.blocks, self.reason)
+            return LoadResult(self.blocks, self.reason, self.shifted)
         return LoadResult(0, Reason.CHANGED if self._transfer.has_failed and self.is_quiet else Reason.TIMEOUT)
 
     def cancel(self) -> None:

@@ -54,26 +54,26 @@ class MappedPlane:
             copier.drain()
             copier.close()
 
-    def load(self, lease: Lease, block_ids: Sequence[int], deadline_s: float) -> DeviceLoad:
-        """Queue copies of the leased blocks; the lease is the load's from now on.
+    def load(self, lease: Lease, block_ids: Sequence[int], deadline_s: float, *, first: int = 0) -> DeviceLoad:
+        """Queue copies of the leased blocks from place `first` on; the lease is the load's from now on.
 
         Raises:
             KVServiceError: nothing was begun. CudaError.
         """
         reason = MISS_REASONS.get(lease.miss, Reason.NOT_HELD)
-        blocks = len(lease.blocks)
-        if not blocks:
+        views, shifts = lease.blocks[first:], lease.shifts[first:]
+        if not views:
             lease.release()
             return DeviceLoad(None, None, 0, reason)
 
         def let_go() -> bool:
-            is_valid = lease.valid_prefix() == blocks
+            is_valid = lease.valid_prefix() == len(lease.blocks)
             lease.release()
             return is_valid
 
-        transfer = self._begin(Direction.LOAD, lease.blocks, block_ids[:blocks], deadline_s, let_go)
+        transfer = self._begin(Direction.LOAD, views, block_ids[: len(views)], deadline_s, let_go)
         self._watchdog.watch(transfer)
-        return DeviceLoad(self._context, transfer, blocks, reason)
+        return DeviceLoad(self._context, transfer, len(views), reason, shifts)
 
     def save(
         self,

@@ -547,12 +547,14 @@ class DevicePiece(_message.Message):
     def __init__(self, region: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., block_stride_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ..., layer: _Optional[int] = ...) -> None: ...
 
 class RegisterDeviceResponse(_message.Message):
-    __slots__ = ("registration_id", "lanes")
+    __slots__ = ("registration_id", "lanes", "revision")
     REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     registration_id: int
     lanes: int
-    def __init__(self, registration_id: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
+    revision: int
+    def __init__(self, registration_id: _Optional[int] = ..., lanes: _Optional[int] = ..., revision: _Optional[int] = ...) -> None: ...
 
 class UnregisterDeviceRequest(_message.Message):
     __slots__ = ("registration_id",)
@@ -565,16 +567,18 @@ class UnregisterDeviceResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DeviceBlocks(_message.Message):
-    __slots__ = ("registration_id", "block_ids", "lane", "sequence")
+    __slots__ = ("registration_id", "block_ids", "lane", "sequence", "first")
     REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
     registration_id: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     lane: int
     sequence: int
-    def __init__(self, registration_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lane: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+    first: int
+    def __init__(self, registration_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lane: _Optional[int] = ..., sequence: _Optional[int] = ..., first: _Optional[int] = ...) -> None: ...
 
 class DeviceStats(_message.Message):
     __slots__ = ("name", "uuid", "state", "registrations", "registered_bytes")
