@@ -6,6 +6,15 @@ position. Used by every adapter, inside the engine's process; the service itself
 """
 
 from kvservice_adapters.positions.rope import Rope, RopeForm, UnsupportedPositions, rope_of_config
-from kvservice_adapters.positions.rotation import Turn, moved, turn_between
+from kvservice_adapters.positions.rotation import Turn, cosine_and_sine, moved, turn_between
 
-__all__ = ["Rope", "RopeForm", "Turn", "UnsupportedPositions", "moved", "rope_of_config", "turn_between"]
+__all__ = [
+    "Rope",
+    "RopeForm",
+    "Turn",
+    "UnsupportedPositions",
+    "cosine_and_sine",
+    "moved",
+    "rope_of_config",
+    "turn_between",
+]

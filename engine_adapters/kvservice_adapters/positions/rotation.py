@@ -58,11 +58,23 @@ def turn_between(rope: Rope, *, computed_at: torch.Tensor, now_at: torch.Tensor)
     frequency, off by up to 2e-3 at position 32,768), so that the result agrees with theirs and not with the ideal.
     """
     inverse = torch.tensor(rope.inverse_frequencies, dtype=torch.float32, device=now_at.device)
-    before = computed_at[..., None].float() * inverse
-    after = now_at[..., None].float() * inverse
-    angle = after.double() - before.double()
+    cosine, sine = cosine_and_sine(inverse, computed_at=computed_at, now_at=now_at)
     stays = computed_at == now_at
-    return Turn(rope, angle.cos().float(), angle.sin().float(), stays if bool(stays.any()) else None)
+    return Turn(rope, cosine, sine, stays if bool(stays.any()) else None)
+
+
+def cosine_and_sine(
+    inverse_frequencies: torch.Tensor, *, computed_at: torch.Tensor, now_at: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of that rotation's angles, float32 [..., tokens, pairs]; on a GPU nothing waits for it.
+
+    Args:
+        inverse_frequencies: a Rope's, float32 [pairs], where the positions are.
+    """
+    before = computed_at[..., None].float() * inverse_frequencies
+    after = now_at[..., None].float() * inverse_frequencies
+    angle = after.double() - before.double()
+    return angle.cos().float(), angle.sin().float()
 
 
 def moved(keys: torch.Tensor, rope: Rope, *, computed_at: torch.Tensor, now_at: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,111 @@
+"""parts: how a block lies in an engine's cache, and what of that a kernel has to be told. Numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import gcd
+
+from kvservice_client.device import CachePart
+
+WORD_BYTES_MAX = 16
+"""The widest access of a GPU's thread."""
+PARTS_MAX = (1 << 16) - 1
+PART_BYTES_MAX = 1 << 29
+"""What a launch's grid has room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRows:
+    """Where keys are in a part, whose elements are rows of `row_elements`: at the start of its first rows.
+
+    Attributes:
+        row_elements: head_dim where keys and values are apart ([heads, tokens, head_dim], or [2, ...] of that); 2 *
+            head_dim where a head's key and value lie side by side.
+        head_dim: how many leading elements of such a row are the key.
+        key_rows: how many leading rows have a key; the others are values only.
+        tokens: of a group of rows: a part may be several of the engine's kernel blocks, one after the other.
+        group_rows: of one kernel block: tokens * heads.
+        row_divisor: from one token's row to the next one's: 1 where the tokens of a head follow each other ([heads,
+            tokens]), heads where the heads of a token do ([tokens, heads]).
+    """
+
+    row_elements: int
+    head_dim: int
+    key_rows: int
+    tokens: int
+    group_rows: int
+    row_divisor: int
+
+    @property
+    def block_tokens(self) -> int:
+        """Of all groups that have keys."""
+        return self.key_rows // self.group_rows * self.tokens
+
+    def require_fits(self, part: CachePart, item_bytes: int) -> None:
+        """Whether a part can be these rows.
+
+        Raises:
+            ValueError: why it cannot.
+        """
+        if min(self.row_elements, self.head_dim, self.key_rows, self.tokens, self.group_rows, self.row_divisor) < 1:
+            raise ValueError(f"{self} has a number below 1")
+        if part.size_bytes % (self.row_elements * item_bytes):
+            raise ValueError(
+                f"a part of {part.size_bytes} bytes is no rows of {self.row_elements} x {item_bytes} bytes"
+            )
+        rows = part.size_bytes // (self.row_elements * item_bytes)
+        if self.key_rows > rows or self.head_dim > self.row_elements:
+            raise ValueError(f"{self} is more than a part of {rows} rows")
+        if self.key_rows % self.group_rows or self.group_rows % (self.tokens * self.row_divisor):
+            raise ValueError(f"{self}: rows are no whole groups, or a group no whole tokens")
+        if any(number % item_bytes for number in (part.address, part.block_stride_bytes)):
+            raise ValueError(f"a part at {part.address:#x} + {part.block_stride_bytes} b: keys are not aligned")
+
+
+@dataclass(frozen=True, slots=True)
+class PartGroup:
+    """Parts that one launch can move: of one size, and with keys in the same arrangement if they have any.
+
+    Attributes:
+        keys: the arrangement; how many rows have keys is each part's own.
+        first_of_layer: the row of the table with the first part of each layer, and where the last layer's end.
+    """
+
+    size_bytes: int
+    keys: KeyRows | None
+    first_of_layer: tuple[int, ...]
+
+
+PartRow = tuple[int, int, int, int]
+"""Of the table: address, stride from block to block, offset in a block of the run, all in bytes; and key rows."""
+
+
+def grouped(
+    parts: Sequence[CachePart], keys: Mapping[int, KeyRows], *, layers: int
+) -> tuple[tuple[PartGroup, ...], list[PartRow]]:
+    """The parts in as few groups as there are launches, and the table that they count the rows of."""
+    offsets = accumulate((part.size_bytes for part in parts), initial=0)
+    members: dict[tuple[int, KeyRows | None], list[tuple[int, PartRow]]] = {}
+    # Parts without keys go with others of their size. Those with keys are seen first, so that these exist.
+    for at, (part, offset) in sorted(enumerate(zip(parts, offsets, strict=False)), key=lambda of: of[0] not in keys):
+        arrangement = replace(keys[at], key_rows=keys[at].group_rows) if at in keys else None
+        if arrangement is None:
+            arrangement = next((other for size, other in members if size == part.size_bytes), None)
+        row = (part.address, part.block_stride_bytes, offset, keys[at].key_rows if at in keys else 0)
+        members.setdefault((part.size_bytes, arrangement), []).append((part.layer, row))
+    groups: list[PartGroup] = []
+    table: list[PartRow] = []
+    for (size_bytes, arrangement), found in members.items():
+        found.sort()
+        of_layer = [sum(layer < bound for layer, _ in found) + len(table) for bound in range(layers + 1)]
+        groups.append(PartGroup(size_bytes, arrangement, tuple(of_layer)))
+        table.extend(row for _, row in found)
+    return tuple(groups), table
+
+
+def word_bytes_of(*numbers: int) -> int:
+    """The widest word, a power of two, that addresses and sizes which are these numbers are made of."""
+    common = gcd(WORD_BYTES_MAX, *numbers)
+    return common & -common
