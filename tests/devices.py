@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -40,6 +40,7 @@ class FakeGpu:
         self.pinned: dict[int, int] = {}
         self.pins_left = 1 << 30
         self.is_held = False
+        self._let_through: Collection[int] = ()
         self.failure: CudaError | None = None
         self.copied_bytes = 0
         self.queued_copies = 0
@@ -86,14 +87,15 @@ class FakeGpu:
         raise CudaError(f"{address:#x} is in no allocation", INVALID_VALUE)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nothing that is queued runs meanwhile."""
-        self.is_held = True
+    def held(self, *, but: Collection[int] = ()) -> Iterator[None]:
+        """Nothing that is queued runs meanwhile, but on these streams."""
+        with self.changed:
+            self.is_held, self._let_through = True, frozenset(but)
         try:
             yield
         finally:
             with self.changed:
-                self.is_held = False
+                self.is_held, self._let_through = False, frozenset()
                 self.changed.notify_all()
 
     # ------------------------------------------------------------------ streams
@@ -154,7 +156,7 @@ class FakeGpu:
             with self.changed:
                 if self._is_over:
                     return
-                has_moved = False if self.is_held else self._advance()
+                has_moved = self._advance()
                 self.changed.notify_all()
                 if not has_moved:
                     # A flag may be stored by a CPU, which tells nobody.
@@ -162,8 +164,8 @@ class FakeGpu:
 
     def _advance(self) -> bool:
         has_moved = False
-        for steps in list(self._streams.values()):
-            while steps:
+        for stream, steps in list(self._streams.items()):
+            while steps and (not self.is_held or stream in self._let_through):
                 try:
                     if not steps[0]():
                         break
@@ -257,6 +259,11 @@ class FakeContext(Context):
             return True
 
         self.gpu.queue(stream, step)
+
+    def has_passed(self, event: int) -> bool:
+        if self.gpu.failure is not None:
+            raise self.gpu.failure
+        return self.gpu.passed.get(event, 0) >= self.gpu.recorded.get(event, 0)
 
     def await_event(self, event: int) -> None:
         number = self.gpu.recorded.get(event, 0)

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvservice_cuda.api import (
     IPC_HANDLE_BYTES,
@@ -51,6 +51,11 @@ class Batch(Protocol):
     def sources_address(self) -> int: ...
     @property
     def sizes_address(self) -> int: ...
+
+
+def stream_handle(stream: Any) -> Handle:
+    """The CUstream that a torch stream, or an int, is."""
+    return int(getattr(stream, "cuda_stream", stream))
 
 
 def device_count() -> int:

@@ -11,7 +11,7 @@ from kvservice_client.device.lanes import Lanes
 from kvservice_client.outcomes import LoadResult, Reason, ShiftedBlocks
 from kvservice_client.truncation import shifted_blocks
 from kvservice_cuda.copier import progress
-from kvservice_cuda.driver import Context
+from kvservice_cuda.driver import Context, stream_handle
 
 _TICK_S = 0.002
 _POLL_S_MIN, _POLL_S_MAX = 20e-6, 200e-6
@@ -201,7 +201,7 @@ class DeviceLoad:
         transfer, context = self._transfer, self._context
         if self.blocks and transfer is not None and context is not None:
             address = transfer.lanes.device_address(transfer.lane)
-            context.await_flag(_stream(stream), address, progress(transfer.sequence, layer + 1))
+            context.await_flag(stream_handle(stream), address, progress(transfer.sequence, layer + 1))
 
     @property
     def has_failed(self) -> bool:
@@ -234,7 +234,3 @@ class DeviceLoad:
     def wait_quiet(self, timeout_s: float) -> bool:
         """Wait for `is_quiet`. Blocks."""
         return self._transfer is None or self._transfer.wait(timeout_s)
-
-
-def _stream(stream: Any) -> int:
-    return int(getattr(stream, "cuda_stream", stream))
