@@ -19,9 +19,10 @@ from benchmarks.daemon import HASH_SIZE_BYTES, await_memory, running_daemon, set
 from benchmarks.measuring import Record, WrongBytes, take_turns
 from benchmarks.settings import MIB, Settings
 from kvservice_adapters.positions import Rope, moved
+from kvservice_adapters.vllm.blocks import HostBlocks, HostCopies
 from kvservice_adapters.vllm.counters import Counters
 from kvservice_adapters.vllm.keys import KeyTurner, packed_keys
-from kvservice_adapters.vllm.layout import HostBlocks, layout_of
+from kvservice_adapters.vllm.layout import layout_of
 from kvservice_adapters.vllm.orders import LoadOrder
 from kvservice_adapters.vllm.transfers import Loads
 from kvservice_client.memory import ThreadedCopier
@@ -66,7 +67,6 @@ class _Engine:
         self._tensors = torch.zeros((_LAYERS, blocks, _HEADS, _TOKENS, 2 * _DIM), dtype=torch.bfloat16)
         caches = {f"layer {number}": tensor for number, tensor in enumerate(self._tensors)}
         self._copier = ThreadedCopier(threads=2)
-        memory = HostBlocks(layout_of(caches, blocks=blocks), self._copier)
         places = torch.arange(_DIM) * _TOKENS + torch.arange(_TOKENS)[:, None]
         turner = KeyTurner(
             _ROPE,
@@ -75,7 +75,8 @@ class _Engine:
             kernel_blocks=1,
             kernel_tokens=_TOKENS,
         )
-        self._loads = Loads(client, memory, Counters(), threads=1, timeout_s=60.0, keys=turner)
+        memory = HostBlocks(client, HostCopies(layout_of(caches, blocks=blocks), self._copier), keys=turner)
+        self._loads = Loads(memory, Counters(), threads=1, timeout_s=60.0)
         self._saved = torch.randn((blocks, *self._tensors[:, 0].shape), generator=torch.Generator().manual_seed(0)).to(
             torch.bfloat16
         )

@@ -8,14 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kvservice_adapters.vllm.layout import (
-    BlockMemory,
-    HostBlocks,
-    KVLayout,
-    StagedBlocks,
-    UnsupportedLayout,
-    layout_of,
-)
+from kvservice_adapters.vllm.blocks import HostCopies
+from kvservice_adapters.vllm.layout import KVLayout, UnsupportedLayout, layout_of
 from kvservice_client.memory import ThreadedCopier
 
 pytestmark = pytest.mark.unit
@@ -91,20 +85,17 @@ def copier() -> Iterator[ThreadedCopier]:
     made.close()
 
 
-@pytest.mark.parametrize("kind", [HostBlocks, StagedBlocks])
 @pytest.mark.parametrize("make", LAYOUTS)
-def test_blocks_move_between_two_engines_and_touch_no_other(
-    make: Callable[[], Caches], kind: type[HostBlocks | StagedBlocks], copier: ThreadedCopier
-) -> None:
+def test_blocks_move_between_two_engines_and_touch_no_other(make: Callable[[], Caches], copier: ThreadedCopier) -> None:
     mine, theirs = make(), make()
     for tensor in theirs.values():
         tensor.zero_()
-    source: BlockMemory = kind(layout_of(mine, blocks=BLOCKS), copier)
-    target: BlockMemory = kind(layout_of(theirs, blocks=BLOCKS), copier)
+    source = HostCopies(layout_of(mine, blocks=BLOCKS), copier)
+    target = HostCopies(layout_of(theirs, blocks=BLOCKS), copier)
     size = source.layout.block_size_bytes
     held = ctypes.create_string_buffer(3 * size)
     slots = [ctypes.addressof(held) + position * size for position in (2, 0, 1)]
-    source.read([5, 1, 6], slots, source.fence())
+    source.read([5, 1, 6], slots)
     target.write([0, 3, 4], slots)
     for mine_id, their_id in ((5, 0), (1, 3), (6, 4)):
         for ours, other in zip(block_of(mine, mine_id), block_of(theirs, their_id), strict=True):
@@ -120,16 +111,20 @@ def test_a_block_is_all_its_bytes_and_no_more(make: Callable[[], Caches]) -> Non
     assert layout_of(caches, blocks=BLOCKS).block_size_bytes == expected
 
 
-def test_staging_is_bounded_and_order_is_kept(copier: ThreadedCopier, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches = per_layer()
-    layout = layout_of(caches, blocks=BLOCKS)
-    size = layout.block_size_bytes
-    monkeypatch.setattr("kvservice_adapters.vllm.layout._STAGING_BYTES_MAX", 2 * size)
-    direct, staged = ctypes.create_string_buffer(5 * size), ctypes.create_string_buffer(5 * size)
-    for kind, held in ((HostBlocks, direct), (StagedBlocks, staged)):
-        starts = [ctypes.addressof(held) + position * size for position in range(5)]
-        kind(layout, copier).read([6, 0, 3, 2, 5], starts, None)
-    assert direct.raw == staged.raw
+@pytest.mark.parametrize(
+    ("make", "pieces"),
+    [(per_layer, LAYERS), (across_layers, 1), (keys_apart, 2 * LAYERS), (heads_first, LAYERS), (latent, 1)],
+)
+def test_what_is_contiguous_across_layers_is_one_piece(make: Callable[[], Caches], pieces: int) -> None:
+    layout = layout_of(make(), blocks=BLOCKS)
+    found = [(address + block * stride, size) for block in range(BLOCKS) for address, stride, size in layout.pieces]
+    assert len(found) == BLOCKS * pieces
+    in_memory = [b"".join(map(bytes_at, layout.addresses(block))) for block in range(BLOCKS)]
+    assert b"".join(map(bytes_at, found)) == b"".join(in_memory)
+
+
+def bytes_at(piece: tuple[int, int]) -> bytes:
+    return ctypes.string_at(*piece)
 
 
 def test_layers_that_share_a_tensor_are_stored_once() -> None:

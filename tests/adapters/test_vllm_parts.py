@@ -13,8 +13,9 @@ import torch
 
 import kvservice_client as kv
 from kvservice_adapters.speed import PrefillSpeed
+from kvservice_adapters.vllm.blocks import HostBlocks, HostCopies
 from kvservice_adapters.vllm.counters import Counters
-from kvservice_adapters.vllm.layout import Fence, HostBlocks, layout_of
+from kvservice_adapters.vllm.layout import layout_of
 from kvservice_adapters.vllm.lookups import Held, Lookups
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
@@ -229,7 +230,7 @@ def test_blocks_that_do_not_come_in_time_are_left_out() -> None:
 # ------------------------------------------------------------------- transfers
 
 
-class GatedBlocks(HostBlocks):
+class GatedCopies(HostCopies):
     """Engine blocks whose next read waits until it is let through."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -239,11 +240,11 @@ class GatedBlocks(HostBlocks):
         self.begun = threading.Event()
         self.reads = 0
 
-    def read(self, block_ids: Sequence[int], addresses: Sequence[int], after: Fence | None) -> None:
+    def read(self, block_ids: Sequence[int], addresses: Sequence[int]) -> None:
         self.begun.set()
         assert self.gate.wait(30)
         self.reads += 1
-        super().read(block_ids, addresses, after)
+        super().read(block_ids, addresses)
 
 
 class Rig:
@@ -252,11 +253,12 @@ class Rig:
     def __init__(self, daemon: DaemonThread) -> None:
         self.daemon = daemon
         self.tensor = torch.randint(0, 255, (ENGINE_BLOCKS, BLOCK_BYTES), dtype=torch.uint8)
-        self.memory = GatedBlocks(layout_of({"layer": self.tensor}, blocks=ENGINE_BLOCKS), ThreadedCopier(threads=1))
+        self.copies = GatedCopies(layout_of({"layer": self.tensor}, blocks=ENGINE_BLOCKS), ThreadedCopier(threads=1))
         self.client = kv.attach(kv.Namespace(b"f" * 32, "rig", BLOCK_BYTES, 16), socket_dir=daemon.socket_dir)
         self.counters = Counters()
-        self.saves = Saves(self.client, self.memory, self.counters, waiting_max=4, timeout_s=5.0)
-        self.loads = Loads(self.client, self.memory, self.counters, threads=1, timeout_s=5.0)
+        memory = HostBlocks(self.client, self.copies)
+        self.saves = Saves(memory, self.counters, waiting_max=4, timeout_s=5.0)
+        self.loads = Loads(memory, self.counters, threads=1, timeout_s=5.0)
 
     def save(self, name: str, blocks: int, first: int = 0) -> None:
         ids = tuple(range(first, first + blocks))
@@ -266,7 +268,7 @@ class Rig:
         return self.client.lookup(chain(name, blocks)).blocks
 
     def close(self) -> None:
-        self.memory.gate.set()
+        self.copies.gate.set()
         self.saves.stop()
         self.loads.stop()
         self.client.close()
@@ -307,9 +309,9 @@ def test_what_is_not_held_is_named_block_by_block(rig: Rig) -> None:
 
 
 def test_blocks_that_change_hands_are_not_read(rig: Rig) -> None:
-    rig.memory.gate.clear()
+    rig.copies.gate.clear()
     rig.save("reading", 3)
-    assert rig.memory.begun.wait(30)
+    assert rig.copies.begun.wait(30)
     rig.save("waiting", 3)
     released = threading.Event()
 
@@ -320,12 +322,12 @@ def test_blocks_that_change_hands_are_not_read(rig: Rig) -> None:
     thread = threading.Thread(target=release)
     thread.start()
     assert not released.wait(0.1), "it did not wait for the copy that is under way"
-    rig.memory.gate.set()
+    rig.copies.gate.set()
     assert released.wait(30)
     thread.join()
     rig.save("next", 1)
     eventually(lambda: rig.held("next", 1) == 1)
-    assert rig.memory.reads == 2
+    assert rig.copies.reads == 2
     assert rig.held("waiting", 3) == 0
 
 
@@ -338,13 +340,13 @@ def test_a_chain_whose_beginning_has_left_is_saved_from_its_root(rig: Rig) -> No
 
 
 def test_saves_that_wait_are_bounded_and_made_up_for(rig: Rig) -> None:
-    rig.memory.gate.clear()
+    rig.copies.gate.clear()
     rig.save("first", 1)
-    assert rig.memory.begun.wait(30)
+    assert rig.copies.begun.wait(30)
     for position in range(6):
         rig.save("many", 1, first=position)
     assert rig.counters.take()["unsaved_blocks:queue_full"] == 2
-    rig.memory.gate.set()
+    rig.copies.gate.set()
     eventually(lambda: rig.held("many", 4) == 4)
     rig.save("many", 1, first=6)
     eventually(lambda: rig.held("many", 7) == 7)

@@ -142,6 +142,9 @@ def layer_keys(tensor: torch.Tensor, *, backend: str, head_dim: int, write: Cach
     if tensor.dim() != 4 or tensor.shape[-1] != 2 * head_dim:
         raise UnsupportedPositions(f"a KV tensor of shape {tuple(tensor.shape)} with heads of {head_dim} is not known")
     if backend in _SPLIT_BACKENDS:
+        block, _, token, dim = tensor.stride()
+        if dim != 1 or token > block:
+            raise UnsupportedPositions(f"a block's keys are no rows in a KV tensor with strides {tensor.stride()}")
         return split_keys(tensor, head_dim)
     if backend == "CPU_ATTN":
         places = places_written(write, tokens=tensor.shape[2], head_dim=head_dim, dtype=tensor.dtype)
@@ -169,8 +172,8 @@ class KeyTurner:
             kernel_blocks: of one of the engine's blocks.
             kernel_tokens: of one of the kernel's blocks.
         """
-        self._rope = rope
-        self._layers = tuple(layers.values())
+        self.rope = rope
+        self.layers = layers
         self._device = device
         self._kernel_blocks = kernel_blocks
         self._kernel_tokens = kernel_tokens
@@ -183,14 +186,14 @@ class KeyTurner:
             shifts_tokens: where each block's tokens stand now, less where they stood then; 0: it is left alone.
         """
         shifted = [at for at, shift in enumerate(shifts_tokens) if shift]
-        if self._rope.rotates:
+        if self.rope.rotates:
             for start in range(0, len(shifted), _BLOCKS_AT_ONCE):
                 chosen = shifted[start : start + _BLOCKS_AT_ONCE]
                 kernel_blocks = [
                     block_ids[at] * self._kernel_blocks + part for at in chosen for part in range(self._kernel_blocks)
                 ]
                 turn = self._turn_of([places[at] for at in chosen], [shifts_tokens[at] for at in chosen])
-                for layer in self._layers:
+                for layer in self.layers.values():
                     layer.turn(kernel_blocks, turn)
         if self._device.type == "cuda":
             # This thread's stream: the blocks are not handed to the engine before their keys are right.
@@ -203,4 +206,4 @@ class KeyTurner:
         first = torch.tensor(places, device=self._device) * (parts * tokens)
         now_at = first[:, None] + torch.arange(parts * tokens, device=self._device)
         computed_at = now_at - torch.tensor(shifts_tokens, device=self._device)[:, None]
-        return turn_between(self._rope, computed_at=computed_at.view(-1, 1, tokens), now_at=now_at.view(-1, 1, tokens))
+        return turn_between(self.rope, computed_at=computed_at.view(-1, 1, tokens), now_at=now_at.view(-1, 1, tokens))

@@ -26,6 +26,7 @@ class AdapterOptions:
         saves_waiting_max: saves (one per request and step) that may wait; further ones are dropped.
         load_threads: loads at a time.
         copy_threads: threads per copy.
+        gpu_buffer_mib: GPU memory for blocks on their way, where the engine's are many small pieces; 0: 3 % of it.
     """
 
     socket_dir: str = ""
@@ -40,6 +41,7 @@ class AdapterOptions:
     saves_waiting_max: int = 256
     load_threads: int = 4
     copy_threads: int = 2
+    gpu_buffer_mib: int = 0
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Self:

@@ -1,7 +1,8 @@
-"""transfers: loads and saves in threads, between the engine's blocks and the daemon's memory.
+"""transfers: loads and saves in threads, between the engine's blocks and the service.
 
-A load that is ordered ends exactly once, with the engine's blocks that it could not fill. A save is best effort; what
-matters is that nobody reads an engine block after it may have become another request's (see `Saves.stop_reading`).
+A load that is ordered ends exactly once, with the engine's blocks that it could not fill, and not before nobody writes
+into these any more: they are the next request's at once. A save is best effort; what matters is that nothing is stored
+that was read from an engine block after it may have become another request's (see `Saves.stop_reading`).
 """
 
 from __future__ import annotations
@@ -10,20 +11,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import kvservice_client as kv
+from kvservice_adapters.vllm.blocks import BlockMemory, Fence, Filled, SaveCall, Source
 from kvservice_adapters.vllm.counters import Counters
-from kvservice_adapters.vllm.keys import KeyTurner
-from kvservice_adapters.vllm.layout import BlockMemory, Fence
 from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
 from kvservice_client.outcomes import reason_of
 
 _log = logging.getLogger(__name__)
-
-_BLOCKS_PER_PUT_MAX = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +36,32 @@ class LoadsEnded:
 class Loads:
     """Fills the engine's blocks. `order` and `ended` belong to the engine's thread."""
 
-    def __init__(
-        self,
-        client: kv.Client,
-        memory: BlockMemory,
-        counters: Counters,
-        *,
-        threads: int,
-        timeout_s: float,
-        keys: KeyTurner | None = None,
-    ) -> None:
-        self._client = client
+    def __init__(self, memory: BlockMemory, counters: Counters, *, threads: int, timeout_s: float) -> None:
         self._memory = memory
         self._counters = counters
         self._timeout_s = timeout_s
-        self._keys = keys
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvservice-load")
         self._lock = threading.Lock()
         self._begun: set[str] = set()
         self._ended: set[str] = set()
         self._failed: set[int] = set()
+        self._unquiet: list[tuple[LoadOrder, Filled]] = []
 
-    def order(self, order: LoadOrder) -> None:
-        """Begin a load; it ends by itself."""
-        self._executor.submit(self._load, order)
+    def order(self, order: LoadOrder, after: Fence | None = None) -> None:
+        """Begin a load; it ends by itself.
+
+        Args:
+            after: what the engine may still do with these blocks; None: nothing.
+        """
+        self._executor.submit(self._load, order, after)
         self._begun.add(order.request_id)
 
     def ended(self) -> LoadsEnded:
         """What ended since the last call."""
+        with self._lock:
+            unquiet, self._unquiet = self._unquiet, []
+        for order, filled in unquiet:
+            self._end(order, filled)
         with self._lock:
             ended, self._ended = self._ended, set()
             self._begun -= ended
@@ -75,52 +72,37 @@ class Loads:
         """End those that were not even begun."""
         for order in orders:
             if order.request_id not in self._begun:
-                self._end(order, filled=0, reason="not_begun")
+                self._end(order, Filled(0, "not_begun"))
 
     def stop(self) -> None:
         """Begin no more; wait for what copies."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, order: LoadOrder) -> None:
+    def _load(self, order: LoadOrder, after: Fence | None) -> None:
         started_s = time.monotonic()
-        filled, reason = 0, "internal"
+        filled = Filled(0, "internal")
         try:
-            filled, reason = self._fill(order)
+            filled = self._memory.fill(order, after, self._timeout_s) if order.hashes else Filled(0, "not_begun")
         except kv.KVServiceError as error:
-            reason = reason_of(error).value
+            filled = Filled(0, reason_of(error).value)
         except Exception as error:  # noqa: BLE001  # whatever it was: the engine waits for this load's end and computes
             _log.exception("a load failed in an unexpected way")
             self._counters.add("hook_errors", reason=type(error).__name__)
         finally:
             self._counters.add("load_seconds", time.monotonic() - started_s)
-            self._end(order, filled=filled, reason=reason)
+            self._end(order, filled)
 
-    def _fill(self, order: LoadOrder) -> tuple[int, str]:
-        """How many of the order's blocks hold their bytes now, and why not all."""
-        if not order.hashes:
-            return 0, "not_begun"
-        with self._client.get(
-            order.hashes,
-            session_id=order.session_id,
-            request_id=order.request_id,
-            deadline_s=self._timeout_s,
-            accepts_shifts=order.is_truncated and self._keys is not None,
-        ) as lease:
-            wanted = lease.blocks[order.first :]
-            self._memory.write(order.block_ids[: len(wanted)], [view.address for view in wanted])
-            # Asked after copying: what was current before and after was these blocks' bytes.
-            filled = max(0, lease.valid_prefix() - order.first)
-            shifts = lease.shifts[order.first : order.first + filled]
-        if self._keys is not None:
-            places = range(order.first, order.first + filled)
-            self._counters.add("shifted_blocks", self._keys.turn(order.block_ids[:filled], places, shifts))
-        return filled, "changed" if filled < len(wanted) else "not_held"
-
-    def _end(self, order: LoadOrder, *, filled: int, reason: str) -> None:
-        missing = order.block_ids[filled:]
-        self._counters.add("loaded_blocks", filled)
-        self._counters.add("loaded_bytes", filled * self._memory.layout.block_size_bytes)
-        self._counters.add("unloaded_blocks", len(missing), reason=reason)
+    def _end(self, order: LoadOrder, filled: Filled) -> None:
+        missing = order.block_ids[filled.blocks :]
+        if not filled.is_quiet():
+            # The engine computes into these blocks, or gives them away, as soon as it hears of this: not yet.
+            with self._lock:
+                self._unquiet.append((order, filled))
+            return
+        self._counters.add("loaded_blocks", filled.blocks)
+        self._counters.add("loaded_bytes", filled.blocks * self._memory.layout.block_size_bytes)
+        self._counters.add("shifted_blocks", filled.moved)
+        self._counters.add("unloaded_blocks", len(missing), reason=filled.reason)
         with self._lock:
             self._failed.update(missing)
             self._ended.add(order.request_id)
@@ -128,12 +110,30 @@ class Loads:
 
 @dataclass(slots=True, eq=False)
 class _Chain:
-    """What a request's saves are about, root first; lives until its last save is over."""
+    """What a request's saves are about, root first; lives until its last save is over. An Owner of blocks.
 
+    Attributes:
+        waiting: saves that still need the engine's blocks.
+    """
+
+    changed: threading.Condition
     hashes: list[bytes] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     waiting: int = 0
-    is_stopped: bool = False
+    keeps_blocks: bool = True
+    is_read: bool = False
+
+    @contextmanager
+    def reading(self) -> Iterator[bool]:
+        """See Owner."""
+        with self.changed:
+            is_allowed = self.is_read = self.keeps_blocks
+        try:
+            yield is_allowed
+        finally:
+            with self.changed:
+                self.is_read = False
+                self.changed.notify_all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,52 +143,53 @@ class _Save:
     chain: _Chain
     first: int
     end: int
-    after: Fence | None
 
 
 class Saves:
-    """One thread that copies full blocks into the daemon's memory, in the order in which they were filled."""
+    """One thread that has full blocks stored, in the order in which they were filled."""
 
-    def __init__(
-        self, client: kv.Client, memory: BlockMemory, counters: Counters, *, waiting_max: int, timeout_s: float
-    ) -> None:
-        self._client = client
+    def __init__(self, memory: BlockMemory, counters: Counters, *, waiting_max: int, timeout_s: float) -> None:
         self._memory = memory
         self._counters = counters
         self._waiting_max = waiting_max
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
         self._chains: dict[str, _Chain] = {}
-        self._queue: deque[_Save] = deque()
-        self._reading: _Chain | None = None
+        self._queue: deque[tuple[_Save, Source]] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kvservice-save", daemon=True)
         self._thread.start()
 
     def order(self, orders: Sequence[SaveOrder]) -> None:
         """Save these blocks after the step that was just launched."""
-        after = self._memory.fence()
         with self._changed:
-            for order in orders:
-                self._order(order, after)
+            room = 0 if self._stopping else self._waiting_max - len(self._queue)
+            saves = self._accepted(orders, room)
+        sources = self._memory.sources([(save.chain.block_ids[save.first : save.end], save.chain) for save in saves])
+        with self._changed:
+            for save, source in zip(saves, sources, strict=True):
+                save.chain.waiting += source.needs_blocks
+                self._queue.append((save, source))
             self._changed.notify_all()
 
     def stop_reading(self, request_ids: Sequence[str]) -> None:
-        """Their blocks are about to be overwritten: forget what waits, and wait for a copy under way (milliseconds)."""
+        """Their blocks are about to be overwritten: nothing that is read from them from now on is stored.
+
+        What waits is forgotten, and a copy by this process's threads that is under way is waited for (milliseconds).
+        """
         with self._changed:
             for request_id in request_ids:
                 chain = self._chains.pop(request_id, None)
                 if chain is not None:
-                    chain.is_stopped = True
-                    self._changed.wait_for(lambda chain=chain: self._reading is not chain)  # type: ignore[misc]
+                    chain.keeps_blocks = False
+                    self._changed.wait_for(lambda chain=chain: not chain.is_read)  # type: ignore[misc]
 
     def take_done(self, request_ids: set[str]) -> set[str]:
-        """Those of these requests that have no save left; they are forgotten."""
+        """Those of these requests that have no save left which needs their blocks; they are forgotten."""
         with self._changed:
             done = {name for name in request_ids if name not in self._chains or not self._chains[name].waiting}
-            for name in done:
-                self._chains.pop(name, None)
-            return done
+        self.stop_reading(sorted(done))
+        return done
 
     def stop(self) -> None:
         """Save what waits, then end the thread."""
@@ -197,21 +198,23 @@ class Saves:
             self._changed.notify_all()
         self._thread.join(self._timeout_s)
 
-    def _order(self, order: SaveOrder, after: Fence | None) -> None:
-        if order.first == 0:
-            self._chains[order.request_id] = _Chain()
-        chain = self._chains.setdefault(order.request_id, _Chain())
-        if order.first != len(chain.hashes):
-            self._counters.add("unsaved_blocks", len(order.hashes), reason="gap")
-            return
-        chain.hashes.extend(order.hashes)
-        chain.block_ids.extend(order.block_ids)
-        if len(self._queue) >= self._waiting_max or self._stopping:
-            # The request's next save finds that these are missing, and saves them as well.
-            self._counters.add("unsaved_blocks", len(order.hashes), reason="queue_full")
-            return
-        chain.waiting += 1
-        self._queue.append(_Save(order.request_id, order.session_id, chain, order.first, len(chain.hashes), after))
+    def _accepted(self, orders: Sequence[SaveOrder], room: int) -> list[_Save]:
+        saves: list[_Save] = []
+        for order in orders:
+            if order.first == 0:
+                self._chains[order.request_id] = _Chain(self._changed)
+            chain = self._chains.setdefault(order.request_id, _Chain(self._changed))
+            if order.first != len(chain.hashes):
+                self._counters.add("unsaved_blocks", len(order.hashes), reason="gap")
+                continue
+            chain.hashes.extend(order.hashes)
+            chain.block_ids.extend(order.block_ids)
+            if len(saves) >= room:
+                # The request's next save finds that these are missing, and saves them as well.
+                self._counters.add("unsaved_blocks", len(order.hashes), reason="queue_full")
+                continue
+            saves.append(_Save(order.request_id, order.session_id, chain, order.first, len(chain.hashes)))
+        return saves
 
     # ---------------------------------------------------------------- the thread
 
@@ -221,74 +224,42 @@ class Saves:
                 self._changed.wait_for(lambda: self._queue or self._stopping)
                 if not self._queue:
                     return
-                save = self._queue.popleft()
+                save, source = self._queue.popleft()
+                needed_blocks = source.needs_blocks
             try:
-                self._save(save)
-            except kv.KVServiceError as error:
-                self._counters.add("unsaved_blocks", save.end - save.first, reason=reason_of(error).value)
+                self._save(save, source)
             except Exception as error:  # noqa: BLE001  # whatever it was costs these blocks only, and is told
                 _log.exception("a save failed in an unexpected way")
                 self._counters.add("hook_errors", reason=type(error).__name__)
             finally:
                 with self._changed:
-                    save.chain.waiting -= 1
+                    save.chain.waiting -= needed_blocks
                     self._changed.notify_all()
 
-    def _save(self, save: _Save) -> None:
+    def _save(self, save: _Save, source: Source) -> None:
+        if source.needs_blocks and not save.chain.keeps_blocks:
+            source.discard()
+            return
         ends_at_s = time.monotonic() + self._timeout_s
-        start = save.first
-        is_first_try = True
-        at_once = _BLOCKS_PER_PUT_MAX
-        while start < save.end and not save.chain.is_stopped:
-            end = min(start + at_once, save.end)
-            try:
-                with self._put(save, start, end, ends_at_s) as reservation:
-                    if reservation.refused:
-                        if not is_first_try:
-                            reason = reservation.refused_reason.value
-                            self._counters.add("unsaved_blocks", save.end - start, reason=reason)
-                            return
-                        # A block before these has left the store: save the chain from its root.
-                        start, is_first_try = 0, False
-                        continue
-                    self._copy(save, start, reservation, ends_at_s)
-            except kv.CapacityExhausted:
-                if end - start == 1:
-                    raise
-                at_once = max(1, (end - start) // 8)
-                continue
-            start = end
+        first = save.first
+        result = source.save(self._call(save, first, ends_at_s))
+        if result.reason is kv.Reason.PARENT_MISSING and save.chain.keeps_blocks:
+            # A block before these has left the store: save the chain from its root.
+            first = 0
+            again = self._memory.later_source(save.chain.block_ids[: save.end], save.chain)
+            result = again.save(self._call(save, first, ends_at_s))
+        self._counters.add("held_blocks", result.held + result.being_written)
+        self._counters.add("saved_blocks", result.saved)
+        self._counters.add("saved_bytes", result.saved * self._memory.layout.block_size_bytes)
+        reason = "dropped" if result.reason is kv.Reason.OK else result.reason.value
+        self._counters.add("unsaved_blocks", result.refused, reason=reason)
 
-    def _put(self, save: _Save, start: int, end: int, ends_at_s: float) -> kv.Reservation:
+    def _call(self, save: _Save, first: int, ends_at_s: float) -> SaveCall:
         hashes = save.chain.hashes
-        return self._client.put(
-            hashes[start:end],
-            parent=hashes[start - 1] if start else b"",
+        return SaveCall(
+            hashes[first : save.end],
+            parent=hashes[first - 1] if first else b"",
             session_id=save.session_id,
             request_id=save.request_id,
             deadline_s=max(0.1, ends_at_s - time.monotonic()),
         )
-
-    def _copy(self, save: _Save, start: int, reservation: kv.Reservation, ends_at_s: float) -> None:
-        self._counters.add("held_blocks", reservation.held + reservation.being_written)
-        if not reservation.reserved:
-            return
-        with self._changed:
-            if save.chain.is_stopped:
-                return
-            self._reading = save.chain
-        try:
-            self._memory.read(
-                [save.chain.block_ids[start + position] for position, _ in reservation.reserved],
-                [view.address for _, view in reservation.reserved],
-                save.after,
-            )
-        finally:
-            with self._changed:
-                self._reading = None
-                self._changed.notify_all()
-        committed = reservation.commit(timeout_s=max(0.1, ends_at_s - time.monotonic()))
-        dropped = sum(outcome is kv.Committed.DROPPED for outcome in committed)
-        self._counters.add("saved_blocks", len(committed) - dropped)
-        self._counters.add("saved_bytes", (len(committed) - dropped) * self._memory.layout.block_size_bytes)
-        self._counters.add("unsaved_blocks", dropped, reason="dropped")

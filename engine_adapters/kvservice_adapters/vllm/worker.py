@@ -9,9 +9,11 @@ import torch
 
 import kvservice_client as kv
 from kvservice_adapters.positions import UnsupportedPositions
+from kvservice_adapters.vllm.blocks import BlockMemory, Fence, HostBlocks, HostCopies
 from kvservice_adapters.vllm.counters import Counters
 from kvservice_adapters.vllm.hashing import namespace_of
-from kvservice_adapters.vllm.layout import block_memory, layout_of
+from kvservice_adapters.vllm.keys import KeyTurner
+from kvservice_adapters.vllm.layout import KVLayout, layout_of
 from kvservice_adapters.vllm.messages import StepOrders
 from kvservice_adapters.vllm.options import AdapterOptions
 from kvservice_adapters.vllm.positions import key_turner_of
@@ -67,34 +69,37 @@ class WorkerHalf:
         )
         self._status = StatusLog("worker", self._client)
         self._copier = ThreadedCopier(threads=options.copy_threads)
-        memory = block_memory(layout, self._copier)
-        self._loads = Loads(
-            self._client,
-            memory,
-            self.counters,
-            threads=options.load_threads,
-            timeout_s=options.load_timeout_s,
-            keys=keys,
-        )
+        try:
+            self._memory = self._memory_of(layout, keys, buffer_bytes=options.gpu_buffer_mib << 20)
+        except BaseException:
+            self._client.close()
+            self._copier.close()
+            raise
+        self._loads = Loads(self._memory, self.counters, threads=options.load_threads, timeout_s=options.load_timeout_s)
         self._saves = Saves(
-            self._client,
-            memory,
+            self._memory,
             self.counters,
             waiting_max=options.saves_waiting_max,
             timeout_s=options.save_timeout_s,
         )
+        self._before_loads: Fence | None = None
         self._retained: set[str] = set()
         self._failed_block_ids: set[int] = set()
 
     def before_step(self, orders: StepOrders) -> None:
         """Blocks of released requests are about to be overwritten."""
+        # A step that is under way may still write into blocks that it lost; the one that begins has no more of them.
+        self._before_loads = self._memory.fence() if orders.loads else None
         self._saves.stop_reading(orders.released)
         self._status.look()
 
     def start_loads(self, orders: StepOrders) -> None:
         """Begin this step's loads."""
-        for order in orders.loads:
-            self._loads.order(order)
+        if orders.loads:
+            before, self._before_loads = self._before_loads, None
+            after = before or self._memory.fence()
+            for order in orders.loads:
+                self._loads.order(order, after)
 
     def give_up_loads(self, orders: StepOrders) -> None:
         """Something went wrong: end what was not begun, because the engine waits for the end of everything ordered."""
@@ -127,5 +132,15 @@ class WorkerHalf:
         """Save what waits, end what loads, detach."""
         self._saves.stop()
         self._loads.stop()
+        self._memory.close()
         self._client.close()
         self._copier.close()
+
+    def _memory_of(self, layout: KVLayout, keys: KeyTurner | None, *, buffer_bytes: int) -> BlockMemory:
+        if layout.device.type == "cpu":
+            return HostBlocks(self._client, HostCopies(layout, self._copier), keys=keys)
+        from kvservice_adapters.vllm.gpu_blocks import gpu_blocks  # noqa: PLC0415  # brings Triton and numpy
+
+        memory, plane = gpu_blocks(self._client, layout, keys, buffer_bytes=buffer_bytes)
+        LOG.info("kvservice worker: blocks go through %s", plane)
+        return memory

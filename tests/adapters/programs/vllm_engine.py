@@ -180,7 +180,7 @@ class Engine:
 
     def signal_in(self, where: str, process_id: int, number: int = signal.SIGKILL) -> None:
         """Signal a process when the next copy of a load ("write") or of a save ("read") begins, or its Get ("get")."""
-        owner = self._worker()._client if where == "get" else self._worker()._loads._memory
+        owner = self._worker()._client if where == "get" else self._worker()._memory.copies
         original: Callable[..., Any] = getattr(owner, where)
 
         def signalling(*args: Any, **kwargs: Any) -> Any:
@@ -202,19 +202,19 @@ class Engine:
 
     def zero_loads(self) -> None:
         """What is loaded is zeros from now on."""
-        memory = self._worker()._loads._memory
-        write = memory.write
+        copies = self._worker()._memory.copies
+        write = copies.write
 
         def zeroing(block_ids: Any, addresses: Any) -> None:
             write(block_ids, addresses)
-            for region in memory.layout.regions:
+            for region in copies.layout.regions:
                 region.tensor[list(block_ids)] = 0
 
-        self._replace(memory, "write", zeroing)
+        self._replace(copies, "write", zeroing)
 
     def leave_keys(self) -> None:
         """Loaded keys are not turned from now on, though their blocks count as loaded."""
-        self._replace(self._worker()._loads._keys, "_layers", ())
+        self._replace(self._worker()._memory.keys, "layers", {})
 
     def heal(self) -> None:
         """End every fault."""
@@ -278,7 +278,7 @@ class Engine:
 
     def rope(self) -> tuple[str, int]:
         """How the adapter turns keys: in which pairs, and how many dimensions of a head."""
-        rope = self._worker()._loads._keys._rope
+        rope = self._worker()._memory.keys.rope
         return rope.form.name, rope.rotary_dims
 
     def refusal(self) -> str:
@@ -344,9 +344,9 @@ class Engine:
                 self._blocks.update(enumerate(order.block_ids, order.first))
             save(orders)
 
-        def loading(order: Any) -> None:
+        def loading(order: Any, after: Any) -> None:
             self._blocks.update(enumerate(order.block_ids, order.first))
-            load(order)
+            load(order, after)
 
         worker._saves.order, worker._loads.order = saving, loading
 
