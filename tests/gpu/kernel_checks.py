@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import hypothesis
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from kvservice_adapters.gpu.kernels import BlockMover, KeyRows
 from kvservice_adapters.gpu.turning import turned
-from kvservice_adapters.positions import Rope, RopeForm, moved
+from kvservice_adapters.positions import Rope, RopeForm, Turn, moved, turn_between
 from kvservice_client.device import CachePart
 
 _SPARE_BYTES = 64
@@ -149,6 +149,10 @@ class Model:
         return self.arrangement.name.startswith("HEADS")
 
     @property
+    def block_tokens(self) -> int:
+        return self.tokens * self.kernel_blocks
+
+    @property
     def row_elements(self) -> int:
         return self.head_dim * (2 if self.arrangement.name.endswith("BESIDE") else 1)
 
@@ -221,9 +225,13 @@ def check_turn(
     ids = torch.randperm(blocks, generator=torch.Generator().manual_seed(3))[: len(shifts)].tolist()
     run = noise(len(shifts), mover.block_size_bytes, seed=2)
     expected, in_cache = before.clone(), iter(_pieces(cache, ids, 0, range(model.layers)))
-    block_tokens = model.tokens * model.kernel_blocks
+    moves: list[Turn] = []
     for at, shift in enumerate(shifts):
-        now_at = (first_place + at) * block_tokens + torch.arange(block_tokens).view(model.kernel_blocks, 1, -1)
+        # Every token by a way of its own: a key turned as its neighbour should would not show otherwise.
+        now_at = torch.arange(model.block_tokens, device=device) + (first_place + at) * model.block_tokens
+        computed_at = 3 * (now_at - shift)
+        if shift:
+            moves.append(turn_between(model.rope, computed_at=computed_at, now_at=now_at))
         for number, part in enumerate(run[at].view(len(layers), -1)):
             moved_part = part.clone()
             if shift and number % model.parts_of_layer == 0:
@@ -231,11 +239,17 @@ def check_turn(
                 # The rest stays noise: whatever its bits mean, NaN too.
                 keys.copy_(torch.randn(keys.shape, generator=torch.Generator().manual_seed(at)))
                 moved_part = part.clone()
-                model.keys_in(moved_part).copy_(_moved(keys, model.rope, now_at, shift, device))
+                places = (place.view(model.kernel_blocks, 1, -1) for place in (computed_at, now_at))
+                model.keys_in(moved_part).copy_(_moved(keys.to(device), model.rope, *places))
             _, there, size = next(in_cache)
             expected[there : there + size] = moved_part
-    turn = turned(model.rope, shifts, first_place=first_place, tokens=block_tokens, device=device)
-    assert (turn is None) == (not any(shifts))
+    turn = turned(model.rope, shifts, first_place=first_place, tokens=model.block_tokens, device=device)
+    assert (turn is None) == (not moves)
+    if turn is not None:
+        tables = [
+            torch.stack(of_blocks) for of_blocks in zip(*((move.cosine, move.sine) for move in moves), strict=True)
+        ]
+        turn = replace(turn, cosine=tables[0], sine=tables[1])
     run_there = run.to(device)
     block_ids = torch.tensor(ids, dtype=torch.int32, device=device)
     for layer in range(model.layers):
@@ -244,10 +258,10 @@ def check_turn(
     assert torch.equal(run_there.cpu(), run)
 
 
-def _moved(keys: torch.Tensor, rope: Rope, now_at: torch.Tensor, shift: int, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu" or keys.dtype != torch.bfloat16:
-        return moved(keys.to(device), rope, computed_at=now_at - shift, now_at=now_at).cpu()
-    exact = moved(keys.float(), rope, computed_at=now_at - shift, now_at=now_at)
+def _moved(keys: torch.Tensor, rope: Rope, computed_at: torch.Tensor, now_at: torch.Tensor) -> torch.Tensor:
+    if keys.is_cuda or keys.dtype != torch.bfloat16:
+        return moved(keys, rope, computed_at=computed_at, now_at=now_at)
+    exact = moved(keys.float(), rope, computed_at=computed_at, now_at=now_at)
     cut_off = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
     # What carries no position was never float32.
     return torch.cat([cut_off[..., : rope.rotary_dims], keys[..., rope.rotary_dims :]], dim=-1)

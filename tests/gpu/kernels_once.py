@@ -17,7 +17,9 @@ def main() -> None:
     for arrangement in Arrangement:
         for form in RopeForm:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                model = Model(arrangement, dtype, heads=3, tokens=16, head_dim=80, rope=Rope((1.0,) * 32, form))
+                rope = Rope(tuple(1 / pair for pair in range(1, 33)), form)
+                kernel_blocks = 1 if arrangement.name.endswith("2") else 2
+                model = Model(arrangement, dtype, 3, tokens=16, head_dim=80, rope=rope, kernel_blocks=kernel_blocks)
                 check_turn(model, [0, 16, -16], device)
     print(f"every variant once, on {device}: right")  # noqa: T201
 

@@ -10,7 +10,9 @@ import torch
 from kvservice_client.device import CachePart
 from kvservice_cuda.driver import Driver
 
-pytest.importorskip("triton", reason="no Triton on this machine")
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+import triton
 
 from kvservice_adapters.gpu.kernels import BlockMover, KeyRows
 from kvservice_adapters.gpu.turning import turned
@@ -103,3 +105,28 @@ def test_a_thread_that_nobody_told_the_device() -> None:
     torch.cuda.synchronize(device)
     assert torch.equal(cache[[3, 1]], run)
     assert not cache[[0, 2]].any()
+
+
+def test_a_prepared_mover_compiles_nothing_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, blocks = 5, 3  # of no other test
+    memory = torch.zeros((4, 2, heads, TOKENS, DIM), dtype=torch.bfloat16, device=DEVICE)
+    part_bytes = memory[0].nbytes
+    rows = heads * TOKENS
+    mover = BlockMover(
+        [CachePart(memory.data_ptr(), part_bytes, part_bytes)],
+        dtype=torch.bfloat16,
+        device=DEVICE,
+        keys=KeyRows(DIM, DIM, key_rows=rows, tokens=TOKENS, group_rows=rows, row_divisor=1),
+    )
+    compiled: list[object] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **told: compiled.append(told))
+    mover.prepare(ROPE)
+    assert len(compiled) == 3, "scatter, scatter that turns, gather"
+    run = torch.zeros((blocks, part_bytes), dtype=torch.uint8, device=DEVICE)
+    block_ids = torch.arange(blocks + 1, dtype=torch.int32, device=DEVICE)[1:]  # aligned otherwise
+    turn = turned(ROPE, [0, 16, 16], first_place=0, tokens=TOKENS, device=DEVICE)
+    mover.scatter(run, block_ids, first_layer=0, end_layer=1)
+    mover.scatter(run, block_ids, first_layer=0, end_layer=1, turn=turn)
+    mover.gather(run, block_ids)
+    torch.cuda.synchronize()
+    assert len(compiled) == 3

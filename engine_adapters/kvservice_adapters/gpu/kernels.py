@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from math import gcd
 from typing import Any
 
@@ -21,16 +22,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kvservice_adapters.gpu.parts import PART_BYTES_MAX, PARTS_MAX, WORD_BYTES_MAX, KeyRows, grouped, word_bytes_of
-from kvservice_adapters.gpu.turning import Turned
+from kvservice_adapters.gpu.parts import PART_BYTES_MAX, PARTS_MAX, KeyRows, PartGroup, grouped
+from kvservice_adapters.gpu.turning import Turned, turned
 from kvservice_adapters.gpu.upload import uploaded
-from kvservice_adapters.positions import RopeForm
+from kvservice_adapters.positions import Rope, RopeForm
 from kvservice_client.device import CachePart
 
 __all__ = ["BlockMover", "KeyRows"]
 
+_WORD_BYTES_MAX = 16
 _CHUNK_BYTES_MAX = 16 << 10
 _STEP_ELEMENTS_MAX = 1024
+# Products and sums are not fused: the result is bit for bit that of positions.moved.
+_OPTIONS = {"enable_fp_fusion": False}
 _KEY_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -128,7 +132,8 @@ def _turn_chunk(source, destination, first_byte, key_rows, cosine, sine, shape: 
         tl.store(destination + element, tl.where(turns, result.to(turn.dtype), one), mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["first_part"])
+# Not compiled anew for an address that is aligned otherwise: what copies need to know of that is in `shape`.
+@triton.jit(do_not_specialize=["run", "parts", "first_part", "block_ids", "turn_rows", "cosine", "sine"])
 def move_chunks(  # type: ignore[no-untyped-def]
     run, parts, first_part, block_ids, turn_rows, cosine, sine, shape: tl.constexpr, turn: tl.constexpr
 ):
@@ -206,10 +211,30 @@ class BlockMover:
         self._dtype = dtype
         self._keys = frozenset(of_part.values())
         self._groups, table = grouped(parts, of_part, layers=self.layers)
-        self._word_bytes = word_bytes_of(self.block_size_bytes, *(number for row in table for number in row[:3]))
+        self._word_bytes = gcd(_WORD_BYTES_MAX, self.block_size_bytes, *(number for row in table for number in row[:3]))
+        if of_part and self._word_bytes < dtype.itemsize:
+            raise ValueError(f"parts are aligned to {self._word_bytes} bytes, keys have {dtype.itemsize}")
         self._table = uploaded([number for row in table for number in row], torch.int64, device)
         self._device = self._table.device  # with its number
         self._uploaded = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def prepare(self, rope: Rope | None = None) -> None:
+        """Compile what calls need, turns by this rope too. Blocks: a second or two, where it was never done before.
+
+        Without it the first call of each kind does that.
+        """
+        turn = None
+        if rope is not None and self._keys:
+            tokens = next(iter(self._keys)).block_tokens
+            turn = turned(rope, [1], first_place=0, tokens=tokens, device=self._device)
+        run = torch.empty(0, dtype=torch.uint8, device=self._device)
+        block_ids = torch.empty(0, dtype=torch.int32, device=self._device)
+        with self._on_device():
+            for group, scatters in product(self._groups, (False, True)):
+                for of_call in (None, turn) if scatters and turn else (None,):
+                    shape, how = self._shapes(group, self._word_bytes, of_call, scatters=scatters)
+                    arguments = (run, self._table, 0, block_ids, *_tables(of_call, how), shape, how)
+                    move_chunks.warmup(*arguments, grid=(1, 1, 1), **_OPTIONS)
 
     def scatter(
         self,
@@ -268,16 +293,19 @@ class BlockMover:
                 first, end = group.first_of_layer[first_layer], group.first_of_layer[end_layer]
                 if first == end:
                     continue
-                shape = _copy_shape(scatters, self.block_size_bytes, group.size_bytes, word_bytes)
+                shape, how = self._shapes(group, word_bytes, turn, scatters=scatters)
                 grid = (blocks, end - first, -(-group.size_bytes // shape.chunk_bytes))
-                tables: Any = (None, None, None, shape, None)
-                if turn is not None and group.keys is not None:
-                    how = _turn_shape(
-                        group.keys, self._dtype, shape.chunk_bytes, turn.tokens, turn.rotary_dims // 2, turn.form
-                    )
-                    tables = (turn.row, turn.cosine, turn.sine, shape, how)
-                # Products and sums are not fused: the result is bit for bit that of positions.moved.
-                move_chunks[grid](run, self._table, first, block_ids, *tables, enable_fp_fusion=False)
+                move_chunks[grid](run, self._table, first, block_ids, *_tables(turn, how), shape, how, **_OPTIONS)
+
+    def _shapes(
+        self, group: PartGroup, word_bytes: int, turn: Turned | None, *, scatters: bool
+    ) -> tuple[CopyShape, TurnShape | None]:
+        """What the group's kernel is compiled for."""
+        shape = _copy_shape(scatters, self.block_size_bytes, group.size_bytes, word_bytes)
+        if turn is None or group.keys is None:
+            return shape, None
+        pairs = turn.rotary_dims // 2
+        return shape, _turn_shape(group.keys, self._dtype, shape.chunk_bytes, turn.tokens, pairs, turn.form)
 
     def _require_turns(self, run: torch.Tensor, turn: Turned) -> None:
         if not self._keys:
@@ -303,9 +331,13 @@ class BlockMover:
             self._table.record_stream(stream)
 
 
+def _tables(turn: Turned | None, how: TurnShape | None) -> tuple[torch.Tensor | None, ...]:
+    return (None, None, None) if turn is None or how is None else (turn.row, turn.cosine, turn.sine)
+
+
 @cache
 def _copy_shape(scatters: bool, block_bytes: int, part_bytes: int, word_bytes: int) -> CopyShape:  # noqa: FBT001
-    chunk_bytes = min(_CHUNK_BYTES_MAX, max(WORD_BYTES_MAX, triton.next_power_of_2(part_bytes)))
+    chunk_bytes = min(_CHUNK_BYTES_MAX, max(_WORD_BYTES_MAX, triton.next_power_of_2(part_bytes)))
     return CopyShape(scatters, block_bytes, part_bytes, word_bytes, chunk_bytes)
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import gcd
 
 from kvservice_client.device import CachePart
 
-WORD_BYTES_MAX = 16
-"""The widest access of a GPU's thread."""
 PARTS_MAX = (1 << 16) - 1
 PART_BYTES_MAX = 1 << 29
 """What a launch's grid has room for."""
@@ -60,8 +57,6 @@ class KeyRows:
             raise ValueError(f"{self} is more than a part of {rows} rows")
         if self.key_rows % self.group_rows or self.group_rows % (self.tokens * self.row_divisor):
             raise ValueError(f"{self}: rows are no whole groups, or a group no whole tokens")
-        if any(number % item_bytes for number in (part.address, part.block_stride_bytes)):
-            raise ValueError(f"a part at {part.address:#x} + {part.block_stride_bytes} b: keys are not aligned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +98,3 @@ def grouped(
         groups.append(PartGroup(size_bytes, arrangement, tuple(of_layer)))
         table.extend(row for _, row in found)
     return tuple(groups), table
-
-
-def word_bytes_of(*numbers: int) -> int:
-    """The widest word, a power of two, that addresses and sizes which are these numbers are made of."""
-    common = gcd(WORD_BYTES_MAX, *numbers)
-    return common & -common
