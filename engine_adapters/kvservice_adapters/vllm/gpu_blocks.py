@@ -10,8 +10,7 @@ import logging
 
 import torch
 
-from kvservice_adapters.gpu.buffer import HbmBuffer, Mover, default_buffer_bytes
-from kvservice_adapters.gpu.turning import turned
+from kvservice_adapters.gpu.buffer import HbmBuffer, default_buffer_bytes
 from kvservice_adapters.vllm.blocks import BlockMemory
 from kvservice_adapters.vllm.buffered_blocks import BufferedBlocks, key_rows_of, layer_bytes_of, parts_of
 from kvservice_adapters.vllm.direct_blocks import DirectBlocks
@@ -62,24 +61,10 @@ def _buffered(client: Client, layout: KVLayout, keys: KeyTurner | None, size_byt
         device=layout.device,
         keys=key_rows_of(layout, keys) if keys is not None and keys.rope.rotates else None,
     )
-    _compile(mover, layout, keys, tokens=client.namespace.tokens_per_block)
+    mover.prepare(rope)
     buffer = HbmBuffer(client, layer_bytes=layer_bytes_of(layout), size_bytes=size_bytes, device=layout.device)
     way = f"a buffer of {buffer.blocks} blocks ({size_bytes >> 20} MiB), {_told(buffer.plane)}"
     return BufferedBlocks(buffer, mover, layout, rope=rope), way
-
-
-def _compile(mover: Mover, layout: KVLayout, keys: KeyTurner | None, *, tokens: int) -> None:
-    """Have the kernels compiled now, not under the first request: move a block out and back. It stays as it is."""
-    device = layout.device
-    with torch.cuda.device(device):
-        run = torch.empty((1, mover.block_size_bytes), dtype=torch.uint8, device=device)
-        block_ids = torch.zeros(1, dtype=torch.int32, device=device)
-        mover.gather(run, block_ids)
-        if keys is not None:
-            turn = turned(keys.rope, [tokens], first_place=1, tokens=tokens, device=device)
-            mover.scatter(run, block_ids, first_layer=0, end_layer=mover.layers, turn=turn)
-        mover.scatter(run, block_ids, first_layer=0, end_layer=mover.layers)
-        torch.cuda.synchronize(device)
 
 
 def _told(plane: PlaneInUse) -> str:
