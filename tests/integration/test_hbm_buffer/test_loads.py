@@ -130,6 +130,26 @@ def test_finish_scatters_what_no_stream_waited_for(engine: Engine, waited: int) 
     assert engine.mover.launches == launches
 
 
+def test_finish_has_layers_scattered_while_others_are_on_the_bus(
+    engine: Engine, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loads, "_LANDING_BYTES_MIN", 1)
+    saved = engine.blocks(SOURCES)
+    engine.save(chain("a", 5), SOURCES)
+    engine.fill(seed=1)
+    engine.mover.launches.clear()
+    results: list[kv.LoadResult] = []
+    with gpu.held():
+        load = engine.buffer.load(chain("a", 5), engine.mover, PLACES)
+        finishing = threading.Thread(target=lambda: results.append(load.finish()))
+        finishing.start()
+        eventually(lambda: [launch[1:] for launch in engine.mover.launches] == [(0, 1), (1, 2), (2, 3), (3, 4)])
+        assert not results
+    finishing.join()
+    assert results == [kv.LoadResult(5, Reason.OK)]
+    assert engine.blocks(PLACES) == saved
+
+
 def test_finish_writes_no_block_that_the_engine_s_earlier_work_still_uses(engine: Engine) -> None:
     engine.save(chain("a", 5), SOURCES)
     engine.fill(seed=1)
