@@ -174,6 +174,39 @@ def test_finish_writes_no_block_that_the_engine_s_earlier_work_still_uses(engine
     assert engine.blocks(PLACES) != before
 
 
+def test_while_finish_scatters_a_stream_waits_for_it_and_cancel_too(engine: Engine) -> None:
+    saved = engine.blocks(SOURCES)
+    engine.save(chain("a", 5), SOURCES)
+    engine.fill(seed=1)
+    gate = threading.Event()
+    seen: dict[str, bool] = {}
+
+    def look() -> bool:
+        seen["stream"] = engine.blocks(PLACES) == saved
+        return True
+
+    def cancel() -> None:
+        load.cancel()
+        seen["cancelled"] = engine.blocks(PLACES) == saved
+
+    engine.stop_at(gate)
+    load = engine.buffer.load(chain("a", 5), engine.mover, PLACES)
+    finishing, cancelling = threading.Thread(target=load.finish), threading.Thread(target=cancel)
+    finishing.start()
+    eventually(lambda: engine.mover.launches)
+    other = engine.gpu.new_stream()
+    load.wait_layer(0, other)
+    engine.gpu.queue(other, look)
+    cancelling.start()
+    cancelling.join(0.1)
+    gate.set()
+    for thread in (finishing, cancelling):
+        thread.join(30.0)
+    engine.gpu.driver.context(0).synchronize(other)
+    assert seen == {"stream": True, "cancelled": True}
+    assert load.finish().blocks == 5, "it had arrived when it was cancelled"
+
+
 def test_a_load_larger_than_the_buffer_comes_in_turn(engine: Engine) -> None:
     blocks = 3 * BUFFER_BLOCKS + 1
     sources, places = list(range(blocks)), list(reversed(range(blocks)))
