@@ -40,6 +40,7 @@ class FakeGpu:
         self.pinned: dict[int, int] = {}
         self.pins_left = 1 << 30
         self.is_held = False
+        self.are_copies_held = False
         self._let_through: Collection[int] = ()
         self.failure: CudaError | None = None
         self.copied_bytes = 0
@@ -96,6 +97,17 @@ class FakeGpu:
         finally:
             with self.changed:
                 self.is_held, self._let_through = False, frozenset()
+                self.changed.notify_all()
+
+    @contextmanager
+    def copies_held(self) -> Iterator[None]:
+        """The copy engines stand still meanwhile; what does not wait for them runs."""
+        self.are_copies_held = True
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.are_copies_held = False
                 self.changed.notify_all()
 
     # ------------------------------------------------------------------ streams
@@ -287,6 +299,8 @@ class FakeContext(Context):
         self.gpu.queued_copies += 1
 
         def step() -> bool:
+            if self.gpu.are_copies_held:
+                return False
             self.gpu.copy_rows(rows, to_device=to_device)
             return True
 
@@ -297,6 +311,8 @@ class FakeContext(Context):
         self.gpu.queued_copies += 1
 
         def step() -> bool:
+            if self.gpu.are_copies_held:
+                return False
             self.gpu.copy(copied)
             return True
 

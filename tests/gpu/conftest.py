@@ -14,9 +14,7 @@ from tests.daemons import DaemonProcess
 from tests.engines import EngineProcess
 
 GIB = 1 << 30
-_PROGRAM = Path(__file__).parent / "engine.py"
-
-MakeGpuEngine = Callable[[], EngineProcess]
+MakeGpuEngine = Callable[..., EngineProcess]
 
 
 @pytest.fixture
@@ -31,9 +29,9 @@ def daemon(stack: ExitStack) -> DaemonProcess:
 
 @pytest.fixture
 def make_engine(stack: ExitStack) -> MakeGpuEngine:
-    """Call it for a process that imports torch and waits for commands."""
+    """Call it for a process that imports torch and waits for commands; it runs engine.py, or another program here."""
 
-    def make() -> EngineProcess:
-        return stack.enter_context(EngineProcess(program=_PROGRAM))
+    def make(program: str = "engine.py") -> EngineProcess:
+        return stack.enter_context(EngineProcess(program=Path(__file__).parent / program))
 
     return make

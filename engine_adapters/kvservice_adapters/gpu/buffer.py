@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import accumulate
 
 import torch
 
-from kvservice_adapters.gpu.loads import BufferedLoad, Mover, Piece, Run, Target
+from kvservice_adapters.gpu.ahead import LoadAhead
+from kvservice_adapters.gpu.aiming import Aiming
+from kvservice_adapters.gpu.loads import BufferedLoad, Mover, Piece, Run
 from kvservice_adapters.gpu.room import Room
 from kvservice_adapters.gpu.saves import Gathered
-from kvservice_adapters.gpu.streams import Event, Streams, TorchStreams
-from kvservice_adapters.gpu.turning import turned
+from kvservice_adapters.gpu.streams import Streams, TorchStreams
 from kvservice_adapters.gpu.upload import uploaded
 from kvservice_adapters.positions import Rope
 from kvservice_client import Client, InvalidRequest, Reason, SaveResult
@@ -27,7 +29,7 @@ from kvservice_client.device import CachePart, DeviceCache, DeviceKV, PlaneInUse
 from kvservice_cuda.api import CudaError
 from kvservice_cuda.driver import Driver
 
-__all__ = ["BufferedLoad", "Gathered", "HbmBuffer", "Mover", "default_buffer_bytes"]
+__all__ = ["BufferedLoad", "Gathered", "HbmBuffer", "LoadAhead", "Mover", "default_buffer_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +104,10 @@ class HbmBuffer:
         except CudaError as error:
             self._kv.close()
             raise InvalidRequest(f"the buffer cannot be used: {error}") from None
+        tokens_per_block = client.namespace.tokens_per_block
+        self._aiming = Aiming(
+            self._context, self._streams, self._device, uploads=self._uploads, tokens_per_block=tokens_per_block
+        )
         self._changed = threading.Condition()
         self._room = Room(self._memory)
         self._calls = 0
@@ -163,7 +169,7 @@ class HbmBuffer:
         shifts: list[int] = []
         reason = Reason.OK
         with self._in_use() as is_open:
-            engine = self._engine_event() if is_open else None
+            engine = self._aiming.engine_event() if is_open else None
             if engine is None:
                 return BufferedLoad(Reason.INTERNAL if is_open else Reason.CLOSED)
             while len(shifts) < len(block_ids):
@@ -179,7 +185,7 @@ class HbmBuffer:
                 if not piece.blocks:
                     break
                 ids = block_ids[start : start + piece.blocks]
-                if not self._aim(piece, mover, ids, engine, rope, first_place + start):
+                if not self._aiming.aim(piece, mover, ids, engine, rope, first_place + start):
                     reason = Reason.INTERNAL
                     break
                 pieces.append(piece)
@@ -220,26 +226,39 @@ class HbmBuffer:
             self._room.shorten(run, load.blocks)
         return Piece(run, load, context=self._context, streams=self._streams, layer_bytes=self._layer_bytes)
 
-    def _aim(
-        self, piece: Piece, mover: Mover, block_ids: Sequence[int], engine: Event, rope: Rope | None, first_place: int
-    ) -> bool:
-        """Whether it was possible to say where the blocks go; if not, the piece is cancelled."""
-        try:
-            with self._streams.on(self._uploads):
-                ids = uploaded(block_ids, torch.int32, self._device)
-                turn = None
-                if rope is not None:
-                    tokens = self._client.namespace.tokens_per_block
-                    shifts = piece.load.shifts
-                    turn = turned(rope, shifts, first_place=first_place, tokens=tokens, device=self._device)
-            there = Event(self._context)
-            there.record(self._uploads)
-        except (CudaError, RuntimeError):  # torch's
-            _log.exception("a load has failed: block ids do not get onto the GPU")
-            piece.cancel()
-            return False
-        piece.aim(Target(mover, ids, turn, (there, engine)))
-        return True
+    def load_ahead(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        session_id: str = "",
+        request_id: str = "",
+        deadline_s: float = 10.0,
+        rope: Rope | None = None,
+    ) -> LoadAhead | None:
+        """Begin to load the longest held prefix before it is known where it goes. Returns when that has begun.
+
+        Args: as of `load`; however long the blocks then stay in the buffer, no deadline ends that.
+
+        Returns:
+            None: there is no room for all of them side by side, or nothing to load.
+        """
+        with self._in_use() as is_open:
+            run = self._room.take(len(hashes), least=len(hashes)) if is_open and hashes else None
+            if run is None:
+                return None
+            call = {"session_id": session_id, "request_id": request_id, "accepts_shifts": rope is not None}
+            piece = self._begin(run, hashes, 0, deadline_s=deadline_s, **call)
+            return LoadAhead(piece, partial(self._go_on, piece, rope))
+
+    def _go_on(self, piece: Piece, rope: Rope | None, mover: Mover, block_ids: Sequence[int]) -> BufferedLoad:
+        """With what was loaded ahead, behind this thread's stream."""
+        self._require_fits(mover)
+        with self._in_use() as is_open:
+            engine = self._aiming.engine_event() if is_open else None
+            if engine is None or not self._aiming.aim(piece, mover, block_ids, engine, rope, 0):
+                piece.cancel()
+                return BufferedLoad(Reason.INTERNAL if is_open else Reason.CLOSED)
+            return BufferedLoad(piece.load.reason, piece, piece.load.shifts, landing_stream=self._scatters)
 
     # -------------------------------------------------------------------- saves
 
@@ -335,7 +354,9 @@ class HbmBuffer:
             time.sleep(_POLL_S)
         if not is_still:
             _kept.append(self._memory)
-        # The streams stay: torch remembers on which ones a tensor was used, and would meet one that is gone.
+        with suppress(CudaError):
+            for stream in (self._uploads, self._scatters):
+                self._context.end_stream(stream)
         self._context.close()
 
     def _cancel_all(self) -> None:
@@ -354,15 +375,6 @@ class HbmBuffer:
             with self._changed:
                 self._calls -= is_open
                 self._changed.notify_all()
-
-    def _engine_event(self) -> Event | None:
-        """Behind what this thread's stream has to do; None: the GPU fails."""
-        try:
-            event = Event(self._context)
-            event.record(self._streams.current())
-        except CudaError:
-            return None
-        return event
 
     def _require_fits(self, mover: Mover) -> None:
         if (mover.layers, mover.block_size_bytes) != (len(self._layer_bytes), self.block_size_bytes):

@@ -1,5 +1,6 @@
 """adapter: Hugging Face transformers on the service; load before generation, save behind its back."""
 
+import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from kvservice_adapters.transformers.saving import BackgroundSaver, DrainOutcome
 from kvservice_adapters.transformers.sequence import TrackedSequence
 from kvservice_adapters.transformers.support import ServedModel, serve_model
 from kvservice_adapters.truncation import FittedPrompt, TruncationPolicy
+from kvservice_cuda.api import CudaError
+
+_log = logging.getLogger(__name__)
 
 SocketDir: TypeAlias = str | os.PathLike[str] | None
 
@@ -32,6 +36,8 @@ class AdapterOptions:
 
     # Host memory for blocks on their way to the service. More: longer prompts are saved in one go.
     save_queue_size_bytes: int = 512 << 20
+    # In its place on a GPU: GPU memory for blocks on their way to and from the service. 0: 3 % of the GPU's memory.
+    hbm_buffer_size_bytes: int = 0
     save_deadline_s: float = 10.0
     # A load that takes longer is recomputed: it would not have been worth waiting for.
     load_deadline_s: float = 5.0
@@ -304,10 +310,20 @@ class TransformersAdapter:
         return min(length_tokens // self.served.layout.tokens_per_block, len(sequence.chain.hashes))
 
     def _path_for_device(self) -> BlockPath:
+        served = self.served
+        if served.device.type == "cuda" and isinstance(self._client, kvservice_client.Client):
+            try:
+                from kvservice_adapters.transformers import device_path  # noqa: PLC0415  # needs Triton and a driver
+
+                return device_path.made_for(
+                    self._client, served, rope=self._rope, size_bytes=self.options.hbm_buffer_size_bytes
+                )
+            except (ImportError, kvservice_client.InvalidRequest, CudaError, torch.OutOfMemoryError) as error:
+                _log.warning("blocks go through host memory: %s", error)
         return HostPath(
             self._client,
-            self.served.layout,
-            self.served.device,
+            served.layout,
+            served.device,
             rope=self._rope,
             save_queue_size_bytes=self.options.save_queue_size_bytes,
         )

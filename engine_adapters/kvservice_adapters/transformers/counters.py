@@ -11,6 +11,8 @@ class AdapterStats:
 
     lookups: int
     loaded_blocks: int
+    # Those whose load had begun while their request waited.
+    ahead_blocks: int
     # Of the loaded ones, those whose keys were rotated, because their conversation was truncated.
     shifted_blocks: int
     # Asked for and recomputed, by why: NOT_HELD, UNAVAILABLE, ...
@@ -50,6 +52,7 @@ class AdapterCounters:
             return AdapterStats(
                 lookups=self._plain["lookups"],
                 loaded_blocks=self._plain["loaded_blocks"],
+                ahead_blocks=self._plain["ahead_blocks"],
                 shifted_blocks=self._plain["shifted_blocks"],
                 missed_blocks=dict(self._by_reason.get("missed_blocks", {})),
                 failed_loads=dict(self._by_reason.get("failed_loads", {})),

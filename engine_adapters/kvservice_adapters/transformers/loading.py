@@ -167,7 +167,8 @@ class PrefixLoader:
             return Arrived(kvservice_client.LoadResult(reason=hits.reason))
         if ahead is not None:
             if ahead.blocks == len(hashes):
-                return ahead.into(rows_for(ahead.blocks))
+                self._counters.add("ahead_blocks", len(hashes))
+                return ahead.into(rows_for(len(hashes)))
             # More is held by now, or it failed.
             ahead.cancel()
         return self._path.load(sequence, hashes, rows_for, wait_s=hits.wait_s, deadline_s=self._deadline_s)
