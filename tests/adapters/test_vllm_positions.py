@@ -169,10 +169,8 @@ def test_where_keys_stand_is_what_the_kernel_does(served: VllmEngine) -> None:
     token, dim = torch.arange(tokens)[:, None], torch.arange(dims)
     transposed = dim * tokens + token
     in_tiles = token // 16 * (16 * dims) + dim // 2 * 32 + token % 16 * 2 + dim % 2
-    for isa, dtype, expected in (
-        ("vec", "float32", transposed),
-        ("vec", "bfloat16", transposed),
-        ("vec16", "float32", transposed),
-        ("amx", "bfloat16", in_tiles),
-    ):
+    kernels = [("vec", "float32", transposed), ("vec", "bfloat16", transposed), ("vec16", "float32", transposed)]
+    if torch.cpu._is_amx_tile_supported():  # vLLM asks the same, and has no such kernel where it is not
+        kernels.append(("amx", "bfloat16", in_tiles))
+    for isa, dtype, expected in kernels:
         assert served.do("key_places", isa=isa, dtype=dtype, tokens=tokens, head_dim=dims) == expected.tolist()
