@@ -204,8 +204,8 @@ class BlockMover:
         of_part = dict.fromkeys(range(len(parts)), keys) if isinstance(keys, KeyRows) else dict(keys or {})
         if of_part and dtype not in _KEY_DTYPES:
             raise ValueError(f"keys in {dtype} are not turned: they would be rounded twice")
-        for at, rows in of_part.items():
-            rows.require_fits(parts[at], dtype.itemsize)
+        for rows, part_bytes in {(rows, parts[at].size_bytes) for at, rows in of_part.items()}:
+            rows.require_fits(part_bytes, dtype.itemsize)
         self.layers = max(part.layer for part in parts) + 1
         self.block_size_bytes = sum(part.size_bytes for part in parts)
         self._dtype = dtype

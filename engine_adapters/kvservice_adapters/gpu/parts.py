@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -40,19 +41,17 @@ class KeyRows:
         """Of all groups that have keys."""
         return self.key_rows // self.group_rows * self.tokens
 
-    def require_fits(self, part: CachePart, item_bytes: int) -> None:
-        """Whether a part can be these rows.
+    def require_fits(self, part_bytes: int, item_bytes: int) -> None:
+        """Whether a part of that size can be these rows.
 
         Raises:
             ValueError: why it cannot.
         """
         if min(self.row_elements, self.head_dim, self.key_rows, self.tokens, self.group_rows, self.row_divisor) < 1:
             raise ValueError(f"{self} has a number below 1")
-        if part.size_bytes % (self.row_elements * item_bytes):
-            raise ValueError(
-                f"a part of {part.size_bytes} bytes is no rows of {self.row_elements} x {item_bytes} bytes"
-            )
-        rows = part.size_bytes // (self.row_elements * item_bytes)
+        if part_bytes % (self.row_elements * item_bytes):
+            raise ValueError(f"a part of {part_bytes} bytes is no rows of {self.row_elements} x {item_bytes} bytes")
+        rows = part_bytes // (self.row_elements * item_bytes)
         if self.key_rows > rows or self.head_dim > self.row_elements:
             raise ValueError(f"{self} is more than a part of {rows} rows")
         if self.key_rows % self.group_rows or self.group_rows % (self.tokens * self.row_divisor):
@@ -84,17 +83,21 @@ def grouped(
     offsets = accumulate((part.size_bytes for part in parts), initial=0)
     members: dict[tuple[int, KeyRows | None], list[tuple[int, PartRow]]] = {}
     # Parts without keys go with others of their size. Those with keys are seen first, so that these exist.
+    arrangements = {rows: replace(rows, key_rows=rows.group_rows) for rows in set(keys.values())}
     for at, (part, offset) in sorted(enumerate(zip(parts, offsets, strict=False)), key=lambda of: of[0] not in keys):
-        arrangement = replace(keys[at], key_rows=keys[at].group_rows) if at in keys else None
-        if arrangement is None:
+        rows = keys.get(at)
+        if rows is None:
             arrangement = next((other for size, other in members if size == part.size_bytes), None)
-        row = (part.address, part.block_stride_bytes, offset, keys[at].key_rows if at in keys else 0)
+        else:
+            arrangement = arrangements[rows]
+        row = (part.address, part.block_stride_bytes, offset, 0 if rows is None else rows.key_rows)
         members.setdefault((part.size_bytes, arrangement), []).append((part.layer, row))
     groups: list[PartGroup] = []
     table: list[PartRow] = []
     for (size_bytes, arrangement), found in members.items():
         found.sort()
-        of_layer = [sum(layer < bound for layer, _ in found) + len(table) for bound in range(layers + 1)]
-        groups.append(PartGroup(size_bytes, arrangement, tuple(of_layer)))
+        of_rows = [layer for layer, _ in found]
+        first_of_layer = tuple(len(table) + bisect_left(of_rows, layer) for layer in range(layers + 1))
+        groups.append(PartGroup(size_bytes, arrangement, first_of_layer))
         table.extend(row for _, row in found)
     return tuple(groups), table
