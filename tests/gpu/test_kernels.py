@@ -54,21 +54,28 @@ def test_nothing_waits_for_the_gpu() -> None:
     layers = [torch.zeros((6, 2, HEADS, TOKENS, DIM), dtype=torch.bfloat16, device=DEVICE) for _ in range(LAYERS)]
     blocks = torch.randn((3, LAYERS, 2, HEADS, TOKENS, DIM), device=DEVICE).to(torch.bfloat16)
     run = blocks.view(torch.uint8).view(3, -1)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    _load(layers, run, stream)  # what is compiled and allocated once
+    engine, other = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(engine):
+        _load(layers, run, other)  # what is compiled and allocated once
     torch.cuda.synchronize()
     for layer in layers:
         layer.zero_()
+    torch.cuda.synchronize()
     word = torch.zeros(1, dtype=torch.int64, pin_memory=True)
     release = threading.Timer(60, word.fill_, [1])
     release.start()
-    Driver().context(0).await_flag(torch.cuda.current_stream().cuda_stream, word.data_ptr(), 1)
-    held = torch.cuda.current_stream().record_event()
-    _load(layers, run, stream)
-    assert not held.query(), "launching waited until the stream was let go"
-    word.fill_(1)
-    release.cancel()
-    stream.synchronize()
+    try:
+        context = Driver().context(0)
+        with torch.cuda.stream(engine), context.current():
+            context.await_flag(engine.cuda_stream, word.data_ptr(), 1)
+            held = engine.record_event()
+            _load(layers, run, other)
+            assert not held.query(), "launching waited until the stream was let go"
+    finally:
+        word.fill_(1)
+        release.cancel()
+    other.synchronize()
     now_at = torch.arange(3 * TOKENS, 6 * TOKENS, device=DEVICE).view(3, 1, 1, TOKENS)
     shift = torch.tensor([0, 512, 512], device=DEVICE).view(3, 1, 1, 1)
     blocks[:, :, 0] = moved(blocks[:, :, 0], ROPE, computed_at=now_at - shift, now_at=now_at)
