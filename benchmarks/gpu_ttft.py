@@ -1,11 +1,12 @@
-"""gpu_ttft: time to the first token of a turn whose history is in DRAM, on a model of Llama-3-8B's shape.
+"""gpu_ttft: time to the first token of a turn whose history the service holds, on a model of Llama-3-8B's shape.
 
     python -m benchmarks.gpu_ttft [--out FILE]
 
-256 new tokens after a history: all recomputed; with the history's KV in HBM already; loaded layer by layer while the
-new tokens are computed; loaded as a whole first; and, where the bus takes longer than the prefill, with the load begun
-S_buf early (the paper's formula). Weights are random: they change no time. The logits of a load are compared, bit by
-bit, with those of the KV that was in HBM. Needs torch with CUDA, transformers, 45 GiB of GPU and 16 of host memory.
+256 new tokens after a history, through the transformers adapter: all recomputed; with the history's KV in HBM already;
+loaded layer by layer while the new tokens are computed; loaded as a whole first; where the bus takes longer than the
+prefill, with the load begun S_buf early (the paper's formula); and with the history on NVMe only. Tokens are hashed
+before the clock starts, as an engine does when a request arrives. The logits of a load are compared, bit by bit, with
+those of the KV that was in HBM. Needs torch with CUDA, triton, transformers, 60 GiB of GPU and 16 of host memory.
 """
 
 from __future__ import annotations
@@ -14,73 +15,39 @@ import argparse
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
 
 import kvservice_client as kv
 from benchmarks.daemon import await_memory, running_daemon
+from benchmarks.gpu_model import BLOCK_BYTES, TOKENS, VOCABULARY, llama_8b
 from benchmarks.measuring import Record, progress
-from kvservice_client.device import CachePart, DeviceCache, DeviceKV, DeviceLoad
+from kvservice_adapters.transformers import AdapterOptions, PrefixCache, TrackedSequence, TransformersAdapter
 from kvservice_client.device.buffer import read_buffer_bytes
+from kvservice_proto.v1 import kvservice_pb2 as pb
 
 GIB = 1 << 30
-LAYERS, HEADS, DIM, TOKENS = 32, 8, 128, 16
 NEW_TOKENS, HISTORIES = 256, (8192, 32768)
-LAYER_BYTES = 2 * HEADS * TOKENS * DIM * 2
-BLOCK_BYTES = LAYERS * LAYER_BYTES
+NVME_HISTORY, NVME_CHAINS = 8192, 3  # read in turn; DRAM holds little more than one
 REPETITIONS = 5
-
-
-class LoadingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer whose history is on its way: the stream waits for it where it is first needed."""
-
-    def __init__(self, fill: Callable[[], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._fill: Callable[[], None] | None = fill
-
-    def update(self, *arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        fill, self._fill = self._fill, None
-        if fill is not None:
-            fill()
-        return super().update(*arguments, **named)
+_PREFILL_TOKENS = 4096
+_DURABLE_TIMEOUT_S, _PAUSE_S = 60.0, 0.01
 
 
 class Engine:
-    """The model, a read buffer in HBM whose blocks are contiguous, and a client."""
+    """A model and its adapter."""
 
-    def __init__(self, socket_dir: str, *, blocks: int) -> None:
-        config = LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=32,
-            num_key_value_heads=HEADS,
-            max_position_embeddings=65536,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        )
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-        self.model = model.to(torch.bfloat16).eval()
-        self.config = config
-        self.buffer = torch.empty(blocks, LAYERS, 2, HEADS, TOKENS, DIM, dtype=torch.bfloat16, device="cuda")
-        parts = tuple(
-            CachePart(self.buffer.data_ptr() + layer * LAYER_BYTES, BLOCK_BYTES, LAYER_BYTES, layer)
-            for layer in range(LAYERS)
-        )
-        namespace = kv.Namespace(sha256(b"ttft").digest(), "llama-3-8b", BLOCK_BYTES, TOKENS, 32)
-        self.client = kv.attach(namespace, socket_dir=socket_dir, instance_name="ttft")
-        self.kv = DeviceKV(self.client, DeviceCache(blocks, parts))
-        assert self.kv.plane.name == "cuda-ipc", self.kv.plane
-        self.stream = torch.cuda.current_stream()
+    def __init__(self, model: Any, socket_dir: str) -> None:
+        self.model = model
+        options = AdapterOptions(recompute_if_faster=False, load_deadline_s=30.0, save_deadline_s=60.0)
+        self.adapter = TransformersAdapter(model, socket_dir, weights_identity="random", options=options)
+        self.adapter.prepare(tokens=max(HISTORIES))
 
     def compute(self, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Logits of the last token."""
@@ -89,53 +56,51 @@ class Engine:
         logits: torch.Tensor = computed.logits[0, -1]
         return logits
 
-    def history(self, tokens: torch.Tensor) -> DynamicCache:
+    def history(self, tokens: torch.Tensor, cache: DynamicCache) -> DynamicCache:
         """Prefilled in pieces, as an engine would."""
-        cache = DynamicCache(config=self.config)
-        for start in range(0, tokens.shape[1], 4096):
-            self.compute(tokens[:, start : start + 4096], cache)
+        for start in range(0, tokens.shape[1], _PREFILL_TOKENS):
+            self.compute(tokens[:, start : start + _PREFILL_TOKENS], cache)
         return cache
 
-    def save(self, hashes: list[bytes], cache: DynamicCache) -> None:
-        """Gather into the buffer, and from there into the service."""
-        layers: list[Any] = cache.layers
-        for layer in range(LAYERS):
-            for half, rows in enumerate((layers[layer].keys, layers[layer].values)):
-                blocks = rows[0].view(HEADS, len(hashes), TOKENS, DIM).transpose(0, 1)
-                self.buffer[: len(hashes), layer, half].copy_(blocks)
-        torch.cuda.synchronize()
-        result = self.kv.save(hashes, range(len(hashes)), deadline_s=60.0)
-        assert result.saved == len(hashes), result
+    def saved_history(self, tokens: torch.Tensor) -> DynamicCache:
+        """Computed, and held by the service."""
+        cache = self.adapter.load(tokens)
+        assert cache.reused_tokens == 0, "held already"
+        for end in range(_PREFILL_TOKENS, tokens.shape[1] + 1, _PREFILL_TOKENS):
+            self.compute(tokens[:, end - _PREFILL_TOKENS : end], cache)
+            self.adapter.save(tokens[:, :end], cache)
+            self.adapter.drain(60.0)
+        stats = self.adapter.stats()
+        assert not stats.unsaved_blocks, stats
+        assert not stats.skipped_blocks, stats
+        return cache
 
     def copy_of(self, cache: DynamicCache) -> DynamicCache:
         """The same history for another turn: computing appends to it."""
-        made = DynamicCache(config=self.config)
+        made = DynamicCache(config=self.model.config)
         layers: list[tuple[Any, Any]] = list(zip(made.layers, cache.layers, strict=True))
         for layer, of in layers:
             layer.lazy_initialization(of.keys, of.values)
             layer.keys, layer.values = of.keys, of.values
         return made
 
-    def cache_of(self, load: DeviceLoad, *, layer_wise: bool) -> DynamicCache:
-        """A cache whose layers take their history out of the buffer, each when it is there."""
-        tokens = load.blocks * TOKENS
-        made = DynamicCache(config=self.config)
-        for number in range(LAYERS):
-            keys = torch.empty(1, HEADS, tokens, DIM, dtype=torch.bfloat16, device="cuda")
-            values = torch.empty_like(keys)
+    def begin(self, sequence: TrackedSequence, *, layer_wise: bool = True) -> PrefixCache:
+        """What `TransformersAdapter.load` does for a sequence that was hashed."""
+        served = self.adapter.served
+        cache = PrefixCache(self.model.config, sequence)
+        load = self.adapter.begin(sequence, lambda blocks: cache.make_room(served.layout, blocks, served.device))
+        if not layer_wise:
+            load.finish()
+        cache.expect(load)
+        return cache
 
-            def fill(number: int = number, keys: torch.Tensor = keys, values: torch.Tensor = values) -> None:
-                if layer_wise:
-                    load.wait_layer(number, self.stream)
-                for half, rows in enumerate((keys, values)):
-                    blocks = self.buffer[: load.blocks, number, half].transpose(0, 1)
-                    rows[0].view(HEADS, load.blocks, TOKENS, DIM).copy_(blocks)
 
-            layer = LoadingLayer(fill)
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            made.layers[number] = layer
-        return made
+def tokens_of(history_tokens: int, seed: int) -> torch.Tensor:
+    """A history and what follows it, [1, tokens]."""
+    numbers = random.Random(seed)  # no secret
+    return torch.tensor(
+        [[numbers.randrange(VOCABULARY) for _ in range(history_tokens + NEW_TOKENS)]], device="cuda"
+    )  # fmt: skip
 
 
 def median_s(turn: Callable[[], float], repetitions: int = REPETITIONS) -> float:
@@ -152,58 +117,83 @@ def timed(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     return time.perf_counter() - started_s, logits
 
 
-def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
-    """One length of history."""
-    numbers = random.Random(history_tokens)  # no secret
-    tokens = torch.tensor(
-        [[numbers.randrange(128256) for _ in range(history_tokens + NEW_TOKENS)]], device="cuda"
-    )  # fmt: skip
-    old, new = tokens[:, :history_tokens], tokens[:, history_tokens:]
-    hashes = [sha256(f"{history_tokens}/{block}".encode()).digest() for block in range(history_tokens // TOKENS)]
-    in_hbm = engine.history(old)
-    engine.save(hashes, in_hbm)
-    engine.buffer.fill_(float("nan"))
-    expected = timed(lambda: engine.compute(new, engine.copy_of(in_hbm)))[1]
+class Turn:
+    """The new tokens after one history."""
 
-    def loaded(*, layer_wise: bool, early_s: float = 0.0) -> float:
-        started: list[DeviceLoad] = []
+    def __init__(self, engine: Engine, history_tokens: int, seed: int) -> None:
+        self.engine = engine
+        self.history_tokens = history_tokens
+        tokens = tokens_of(history_tokens, seed)
+        self.ids = tokens[0].tolist()
+        self.old, self.new = tokens[:, :history_tokens], tokens[:, history_tokens:]
+        self.in_hbm: DynamicCache | None = engine.saved_history(self.old)
+        self.expected = self.from_hbm()[1]
+
+    def from_hbm(self) -> tuple[float, torch.Tensor]:
+        assert self.in_hbm is not None
+        history = self.in_hbm
+        return timed(lambda: self.engine.compute(self.new, self.engine.copy_of(history)))
+
+    def recomputed_s(self) -> float:
+        def work() -> torch.Tensor:
+            cache = self.engine.history(self.old, DynamicCache(config=self.engine.model.config))
+            return self.engine.compute(self.new, cache)
+
+        return timed(work)[0]
+
+    def loaded_s(self, *, layer_wise: bool = True, early_s: float = 0.0) -> float:
+        sequence = self.engine.adapter.track(self.ids)
         if early_s:  # the job before is still running
             torch.cuda.synchronize()
             began_s = time.perf_counter()
-            started.append(engine.kv.load(hashes, range(len(hashes))))
+            assert self.engine.adapter.begin_ahead(sequence), "no room to load ahead"
             while time.perf_counter() - began_s < early_s:
                 pass
 
         def work() -> torch.Tensor:
-            load = started.pop() if started else engine.kv.load(hashes, range(len(hashes)))
-            if not layer_wise:
-                assert load.result().blocks == len(hashes)
-            logits = engine.compute(new, engine.cache_of(load, layer_wise=layer_wise))
-            started.append(load)
-            return logits
+            cache = self.engine.begin(sequence, layer_wise=layer_wise)
+            assert cache.reused_tokens == self.history_tokens, cache.reused_tokens
+            return self.engine.compute(self.new, cache)
 
+        failed = self.engine.adapter.stats().failed_loads
         seconds, logits = timed(work)
-        assert started[0].result().blocks == len(hashes)
-        assert torch.equal(logits, expected), "a load gave other logits than the KV that was in HBM"
+        assert self.engine.adapter.stats().failed_loads == failed, "a load failed, and was recomputed"
+        assert torch.equal(logits, self.expected), "a load gave other logits than the KV that was in HBM"
         return seconds
 
-    hbm_s = median_s(lambda: timed(lambda: engine.compute(new, engine.copy_of(in_hbm)))[0])
-    layers_s = median_s(lambda: loaded(layer_wise=True))
-    whole_s = median_s(lambda: loaded(layer_wise=False))
-    load_s = median_s(lambda: _load_s(engine, hashes))
+    def load_s(self) -> float:
+        """The load alone."""
+        torch.cuda.synchronize()
+        sequence = self.engine.adapter.track(self.ids)
+        started_s = time.perf_counter()
+        cache = self.engine.begin(sequence, layer_wise=False)
+        torch.cuda.synchronize()
+        assert cache.reused_tokens == self.history_tokens
+        return time.perf_counter() - started_s
+
+
+def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
+    """One length of history, in DRAM."""
+    turn = Turn(engine, history_tokens, seed=history_tokens)
+    hbm_s = median_s(lambda: turn.from_hbm()[0])
+    recomputed_s = median_s(turn.recomputed_s, 2)
+    turn.in_hbm = None
+    layers_s = median_s(turn.loaded_s)
+    whole_s = median_s(lambda: turn.loaded_s(layer_wise=False))
+    load_s = median_s(turn.load_s)
+    blocks = history_tokens // TOKENS
     early_bytes = read_buffer_bytes(
-        bytes_per_s=len(hashes) * BLOCK_BYTES / load_s,
+        bytes_per_s=blocks * BLOCK_BYTES / load_s,
         block_bytes_per_token=BLOCK_BYTES // TOKENS,
         prefill_s_per_token=hbm_s / NEW_TOKENS,
         history_tokens=history_tokens,
         new_tokens=NEW_TOKENS,
     )
-    early_s = early_bytes / (len(hashes) * BLOCK_BYTES / load_s)
-    recomputed_s = median_s(lambda: timed(lambda: _recomputed(engine, tokens))[0], 2)
     name = f"{history_tokens // 1024}k"
     yield Record.compared(f"ttft_ratio_hbm_{name}", layers_s * 1e3, "ms", hbm_s * 1e3)
-    if early_s:
-        ahead_s = median_s(lambda: loaded(layer_wise=True, early_s=early_s))
+    if early_bytes:
+        early_s = early_bytes / (blocks * BLOCK_BYTES / load_s)
+        ahead_s = median_s(lambda: turn.loaded_s(early_s=early_s))
         yield Record.compared(f"ttft_ratio_hbm_early_{name}", ahead_s * 1e3, "ms", hbm_s * 1e3)
         yield Record.absolute(f"read_buffer_{name}", early_bytes, "bytes")
     yield Record.compared(f"ttft_ratio_recompute_{name}", layers_s * 1e3, "ms", recomputed_s * 1e3)
@@ -211,15 +201,53 @@ def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
     yield Record.absolute(f"load_alone_{name}", load_s * 1e3, "ms")
 
 
-def _load_s(engine: Engine, hashes: list[bytes]) -> float:
-    started_s = time.perf_counter()
-    assert engine.kv.load(hashes, range(len(hashes))).result().blocks == len(hashes)
-    return time.perf_counter() - started_s
+def measure_nvme(model: Any, directory: Path) -> Iterator[Record]:
+    """One length of history, on NVMe only; a directory that is not a disk gives its own figure."""
+    size_bytes = NVME_HISTORY // TOKENS * BLOCK_BYTES
+    dram_bytes = size_bytes * 5 // 4
+    knobs: dict[str, object] = {"nvme_dirs": directory, "nvme_bytes": 8 * size_bytes, "nvme_write_behind_s": 0.01}
+    with running_daemon(dram_bytes=dram_bytes, dram_segment_bytes=GIB // 4, **knobs) as daemon:
+        engine = Engine(model, daemon.socket_dir)
+        client = kv.attach(engine.adapter.served.namespace, socket_dir=daemon.socket_dir, instance_name="watcher")
+        await_memory(client, dram_bytes - GIB // 4)
+        turns = []
+        for seed in range(NVME_CHAINS):
+            turns.append(Turn(engine, NVME_HISTORY, seed))
+            turns[-1].in_hbm = None
+            _await_durable(client, engine.adapter.track(turns[-1].ids).chain.hashes[NVME_HISTORY // TOKENS - 1])
+        recomputed_s = median_s(turns[0].recomputed_s, 2)
+        times = [turns[number % NVME_CHAINS].loaded_s() for number in range(2 * NVME_CHAINS)]
+        nvme_s = statistics.median(times[1:])
+        name = f"{NVME_HISTORY // 1024}k"
+        yield Record.compared(f"ttft_nvme_ratio_recompute_{name}", nvme_s * 1e3, "ms", recomputed_s * 1e3)
+        yield Record.absolute(f"ttft_nvme_bytes_per_s_{name}", size_bytes / nvme_s / 1e9, "GB/s")
+        client.close()
+        engine.adapter.close()
 
 
-def _recomputed(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
-    cache = engine.history(tokens[:, :-NEW_TOKENS])
-    return engine.compute(tokens[:, -NEW_TOKENS:], cache)
+def _await_durable(client: kv.Client, block_hash: bytes) -> None:
+    ends_at_s = time.monotonic() + _DURABLE_TIMEOUT_S
+    while not any(pb.TIER_NVME in found.held.tiers for found in client.explain(block_hash)):
+        if time.monotonic() > ends_at_s:
+            raise RuntimeError(f"a block was not on NVMe within {_DURABLE_TIMEOUT_S:.0f} s")
+        time.sleep(_PAUSE_S)  # the contract has no event for this
+
+
+def results(model: Any) -> Iterator[Record]:
+    """Everything. Blocks for two minutes."""
+    with running_daemon(dram_bytes=8 * GIB, dram_segment_bytes=GIB) as daemon:
+        engine = Engine(model, daemon.socket_dir)
+        with kv.attach(
+            engine.adapter.served.namespace, socket_dir=daemon.socket_dir, instance_name="watcher"
+        ) as client:
+            await_memory(client, 7 * GIB)
+        for history_tokens in HISTORIES:
+            yield from measure(engine, history_tokens)
+        engine.adapter.close()
+    build = Path("build")
+    build.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="nvme-", dir=build) as directory:
+        yield from measure_nvme(model, Path(directory))
 
 
 def main() -> int:
@@ -228,19 +256,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/gpu_ttft.jsonl"), help="default: %(default)s")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        options.out.open("w", encoding="utf-8") as out,
-        running_daemon(dram_bytes=8 * GIB, dram_segment_bytes=GIB) as daemon,
-    ):
-        engine = Engine(daemon.socket_dir, blocks=max(HISTORIES) // TOKENS)
-        await_memory(engine.client, 7 * GIB)
-        progress(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-        for history_tokens in HISTORIES:
-            for record in measure(engine, history_tokens):
-                for stream in (out, sys.stdout):
-                    print(record.to_json(), file=stream, flush=True)
-        engine.kv.close()
-        engine.client.close()
+    progress(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    with options.out.open("w", encoding="utf-8") as out:
+        for record in results(llama_8b()):
+            for stream in (out, sys.stdout):
+                print(record.to_json(), file=stream, flush=True)
     return 0
 
 

@@ -80,14 +80,11 @@ class Transfer:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until no byte moves any more; whether that came in time. Blocks."""
-        ends_at_s = time.monotonic() + timeout_s
-        pause_s = _POLL_S_MIN
-        while not self.look():
-            if time.monotonic() > ends_at_s:
-                return False
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _POLL_S_MAX)
-        return True
+        return _wait(self.look, timeout_s)
+
+    def wait_outcome(self, timeout_s: float) -> bool:
+        """Wait until it is known whether all bytes arrived; whether that came in time. Blocks."""
+        return _wait(lambda: self.look() or self._has_failed, timeout_s)
 
     def _take_notice(self) -> None:
         if self.lanes.has_ended(self.lane, self.sequence):
@@ -116,6 +113,17 @@ class Transfer:
         if self._gone_since_s is None and self._is_hung_up():
             self._gone_since_s = time.monotonic()
         return self._gone_since_s is not None
+
+
+def _wait(is_so: Callable[[], bool], timeout_s: float) -> bool:
+    ends_at_s = time.monotonic() + timeout_s
+    pause_s = _POLL_S_MIN
+    while not is_so():
+        if time.monotonic() > ends_at_s:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _POLL_S_MAX)
+    return True
 
 
 class Watchdog:
@@ -209,13 +217,13 @@ class DeviceLoad:
         return self._transfer is not None and self._transfer.has_failed
 
     def result(self, timeout_s: float = 10.0) -> LoadResult:
-        """Wait for the end; how many leading blocks are in place. Blocks.
+        """Wait until it is known how many leading blocks are in place. Blocks.
 
         A load that is late has failed: nothing of it counts, and `is_quiet` says when its blocks may be reused.
         """
         if self._transfer is None or not self.blocks:
             return LoadResult(0, self.reason)
-        if not self._transfer.wait(timeout_s):
+        if not self._transfer.wait_outcome(timeout_s):
             self._transfer.fail()
         if self._transfer.is_ok:
             return LoadResult(self.blocks, self.reason, self.shifted)

@@ -13,7 +13,7 @@ from kvservice_client.device.mapped import MappedPlane
 from kvservice_client.errors import CapacityExhausted
 from kvservice_client.outcomes import Reason, SaveResult
 
-_PIECE_BYTES = 256 * 1024 * 1024
+_PIECE_BYTES = 512 * 1024 * 1024
 _PIECE_SHRINK = 8  # a full arena still takes a prefix, in smaller pieces
 
 

@@ -354,9 +354,7 @@ class HbmBuffer:
             time.sleep(_POLL_S)
         if not is_still:
             _kept.append(self._memory)
-        with suppress(CudaError):
-            for stream in (self._uploads, self._scatters):
-                self._context.end_stream(stream)
+        # The streams stay: torch remembers on which ones a tensor was used, and would meet one that is gone.
         self._context.close()
 
     def _cancel_all(self) -> None:

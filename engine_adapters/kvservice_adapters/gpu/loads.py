@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 _SCATTER_BYTES_MIN = 64 << 20
 """A scatter of so much at least, where there is so much: 1.2 ms of the bus, against which a launch is nothing."""
+_LANDING_BYTES_MIN = 256 << 20
+"""The same where no layer is waited for by itself: what is scattered behind the last byte takes 0.1 ms."""
 
 
 class Mover(Protocol):
@@ -188,10 +190,10 @@ class Piece:
             if self._landing is not None and end_layer > self._landing_layer:
                 self._on(stream, self._landing.hold_up)
             elif end_layer > self._next_layer and not self.is_done:
-                self._scatter(self._group_end(end_layer), stream)
+                self._scatter(self._group_end(end_layer, _SCATTER_BYTES_MIN), stream)
 
     def land(self, timeout_s: float, stream: int) -> Reason:
-        """Wait for all of it, scatter on that stream what was not scattered yet, and wait for that. Blocks.
+        """Scatter on that stream what was not scattered yet, as it comes, and wait for all of it. Blocks.
 
         When this returns nothing of this load writes into the engine's blocks any more, but for what `wait_layer`
         launched for a load that failed.
@@ -199,15 +201,16 @@ class Piece:
         Returns:
             OK, or why the blocks are not in the engine's cache.
         """
+        with self._lock:
+            if not self.is_done:
+                self._landing_layer = self._next_layer
+                self._scatter_rest(stream)
+                self._landing = self.run.events.get(stream)
         result = self.load.result(timeout_s)
         with self._lock:
             if not result.blocks:
                 self._give_up()
-            elif not self.is_done:
-                self._landing_layer = self._next_layer
-                self._scatter(len(self._layer_bytes), stream)
-                self._landing = self.run.events.get(stream)
-            events = list(self.run.events.values()) if result.blocks else []
+            events = list(self.run.events.values()) if result.blocks else [event for event in [self._landing] if event]
         try:
             for event in events:
                 event.wait()
@@ -231,13 +234,17 @@ class Piece:
     def _give_up(self) -> None:
         self._has_failed = self.is_done = True
 
-    def _group_end(self, end_layer: int) -> int:
+    def _group_end(self, end_layer: int, least_bytes: int) -> int:
         """Up to which layer to scatter when `end_layer` of them are needed: not less than is worth a launch."""
         size_bytes = sum(self._layer_bytes[self._next_layer : end_layer])
-        while size_bytes < _SCATTER_BYTES_MIN and end_layer < len(self._layer_bytes):
+        while size_bytes < least_bytes and end_layer < len(self._layer_bytes):
             size_bytes += self._layer_bytes[end_layer]
             end_layer += 1
         return end_layer
+
+    def _scatter_rest(self, stream: Any) -> None:
+        while not self.is_done:
+            self._scatter(self._group_end(self._next_layer + 1, _LANDING_BYTES_MIN), stream)
 
     def _scatter(self, end_layer: int, stream: Any) -> None:
         target = self._target
@@ -329,8 +336,7 @@ class BufferedLoad:
     def finish(self, timeout_s: float = 10.0) -> LoadResult:
         """Wait until it is all in the engine's cache; what no stream waited for is scattered now. Blocks.
 
-        A load that is late has failed: `blocks` of the result is 0. Blocks that no stream waited for are then as they
-        were.
+        A load that is late has failed: `blocks` of the result is 0, and the engine's blocks hold anything.
         """
         if self._piece is None:
             return LoadResult(self.blocks, self.reason, self.shifted)

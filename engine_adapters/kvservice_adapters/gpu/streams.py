@@ -69,8 +69,8 @@ class Event:
 
     @property
     def has_passed(self) -> bool:
-        """Whether it is over; a GPU that is lost does not say so any more."""
+        """Whether what came before it runs no more: also where the GPU is lost."""
         try:
             return self._context.has_passed(self.handle)
-        except CudaError:
-            return False
+        except CudaError as error:
+            return error.is_fatal

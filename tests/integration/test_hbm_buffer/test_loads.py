@@ -130,6 +130,26 @@ def test_finish_scatters_what_no_stream_waited_for(engine: Engine, waited: int) 
     assert engine.mover.launches == launches
 
 
+def test_finish_has_layers_scattered_while_others_are_on_the_bus(
+    engine: Engine, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loads, "_LANDING_BYTES_MIN", 1)
+    saved = engine.blocks(SOURCES)
+    engine.save(chain("a", 5), SOURCES)
+    engine.fill(seed=1)
+    engine.mover.launches.clear()
+    results: list[kv.LoadResult] = []
+    with gpu.held():
+        load = engine.buffer.load(chain("a", 5), engine.mover, PLACES)
+        finishing = threading.Thread(target=lambda: results.append(load.finish()))
+        finishing.start()
+        eventually(lambda: [launch[1:] for launch in engine.mover.launches] == [(0, 1), (1, 2), (2, 3), (3, 4)])
+        assert not results
+    finishing.join()
+    assert results == [kv.LoadResult(5, Reason.OK)]
+    assert engine.blocks(PLACES) == saved
+
+
 def test_finish_writes_no_block_that_the_engine_s_earlier_work_still_uses(engine: Engine) -> None:
     engine.save(chain("a", 5), SOURCES)
     engine.fill(seed=1)
@@ -152,6 +172,39 @@ def test_finish_writes_no_block_that_the_engine_s_earlier_work_still_uses(engine
     finishing.join(30.0)
     assert seen == [before]
     assert engine.blocks(PLACES) != before
+
+
+def test_while_finish_scatters_a_stream_waits_for_it_and_cancel_too(engine: Engine) -> None:
+    saved = engine.blocks(SOURCES)
+    engine.save(chain("a", 5), SOURCES)
+    engine.fill(seed=1)
+    gate = threading.Event()
+    seen: dict[str, bool] = {}
+
+    def look() -> bool:
+        seen["stream"] = engine.blocks(PLACES) == saved
+        return True
+
+    def cancel() -> None:
+        load.cancel()
+        seen["cancelled"] = engine.blocks(PLACES) == saved
+
+    engine.stop_at(gate)
+    load = engine.buffer.load(chain("a", 5), engine.mover, PLACES)
+    finishing, cancelling = threading.Thread(target=load.finish), threading.Thread(target=cancel)
+    finishing.start()
+    eventually(lambda: engine.mover.launches)
+    other = engine.gpu.new_stream()
+    load.wait_layer(0, other)
+    engine.gpu.queue(other, look)
+    cancelling.start()
+    cancelling.join(0.1)
+    gate.set()
+    for thread in (finishing, cancelling):
+        thread.join(30.0)
+    engine.gpu.driver.context(0).synchronize(other)
+    assert seen == {"stream": True, "cancelled": True}
+    assert load.finish().blocks == 5, "it had arrived when it was cancelled"
 
 
 def test_a_load_larger_than_the_buffer_comes_in_turn(engine: Engine) -> None:
