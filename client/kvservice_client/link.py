@@ -198,19 +198,22 @@ class Link:
         except ValueError as error:
             raise _ended(error) from None
 
+    def load(self, request: pb.LoadRequest, timeout_s: float) -> pb.LoadResponse:
+        """One Load.
+
+        Raises:
+            KVServiceError.
+        """
+        response: pb.LoadResponse = self._attempt(self.stub.Load, request, timeout_s)
+        return response
+
     def put(self, request: pb.PutRequest, timeout_s: float) -> pb.PutResponse:
         """One Put.
 
         Raises:
             KVServiceError.
         """
-        request.attempt_id = next(self._attempts)
-        try:
-            response: pb.PutResponse = self.stub.Put(request, timeout=timeout_s, metadata=self.metadata)
-        except grpc.RpcError as error:
-            raise self._failed_attempt(error, request.attempt_id) from None
-        except ValueError as error:
-            raise _ended(error) from None
+        response: pb.PutResponse = self._attempt(self.stub.Put, request, timeout_s)
         return response
 
     def is_settled(self, attempt_id: int) -> bool:
@@ -297,6 +300,16 @@ class Link:
         if isinstance(translated, (NamespaceUnknown, Unauthenticated)):
             self._stream.cancel()  # ends `run`, and the client attaches again
         return translated
+
+    def _attempt(self, method: Callable[..., Any], request: pb.LoadRequest | pb.PutRequest, timeout_s: float) -> Any:
+        """One unary RPC that may grant something; its attempt's id is in the request from now on."""
+        request.attempt_id = next(self._attempts)
+        try:
+            return method(request, timeout=timeout_s, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self._failed_attempt(error, request.attempt_id) from None
+        except ValueError as error:
+            raise _ended(error) from None
 
     def _failed_attempt(self, error: grpc.RpcError, attempt_id: int) -> KVServiceError:
         """The call may have granted something though its answer did not arrive: that is owed back."""

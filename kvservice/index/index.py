@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 
@@ -79,21 +80,21 @@ class Index(Tree):
         Raises:
             InvalidRequest: the hashes are not one chain as the index knows it.
         """
-        found = list(map(self._rows.get, hashes))
-        length = found.index(None) if None in found else len(found)
-        if any(row is not None for row in found[length:]):
-            raise InvalidRequest(
-                f"hash {length} is not held but a later one is: the hashes are not one chain", field="hashes"
-            )
-        rows = np.array(found[:length], dtype=np.int32)
-        if length:
-            expected = np.concatenate(([parent], rows[:-1]))
-            wrong = np.flatnonzero(self.parent[rows] != expected)
-            if len(wrong):
+        rows = np.array(list(map(self._rows.get, hashes, repeat(NO_ROW))), dtype=np.int32)
+        absent = np.flatnonzero(rows == NO_ROW)
+        if len(absent):
+            length = int(absent[0])
+            if len(absent) < len(rows) - length:
                 raise InvalidRequest(
-                    f"hash {int(wrong[0])} is held behind another block: the hashes are not one chain",
-                    field="hashes",
+                    f"hash {length} is not held but a later one is: the hashes are not one chain", field="hashes"
                 )
+            rows = rows[:length]
+        parents = self.parent[rows]
+        if len(rows) and (parents[0] != parent or (parents[1:] != rows[:-1]).any()):
+            wrong = np.flatnonzero(parents != np.concatenate(([parent], rows[:-1])))
+            raise InvalidRequest(
+                f"hash {int(wrong[0])} is held behind another block: the hashes are not one chain", field="hashes"
+            )
         return rows
 
     def roots(self) -> Rows:

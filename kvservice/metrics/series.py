@@ -194,7 +194,7 @@ class Metrics:
     def _bind_block_counters(self) -> None:
         requested = self._counter(
             "kvservice_block_requests",
-            "Blocks asked for by Get, by outcome; a miss carries why (explain tells more about one block).",
+            "Blocks asked for by Get and Load, by outcome; a miss carries why (explain tells more about one block).",
             ("outcome", "reason"),
         )
         self.dram_hit_blocks = requested.labels(outcome="dram", reason="")

@@ -73,7 +73,6 @@ class _Registrar:
     ) -> None:
         tolerant = {method: _tolerant(handler) for method, handler in handlers.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, tolerant),))
-        self._server.add_registered_method_handlers(service, tolerant)
 
 
 def _tolerant(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:

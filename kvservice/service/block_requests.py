@@ -62,7 +62,7 @@ class RequestedBlocks:
         self._counters = namespace.counters
         self._instance_id = instance_id
         self._started_s = started_s
-        self._blocks = len(granted.slots) + granted.missed
+        self._blocks = granted.asked
         self._from_nvme = granted.from_nvme
         self._slowest = Tier.NVME if granted.pending else Tier.DRAM
         self._stride_bytes = granted.pool.stride_bytes
@@ -96,9 +96,17 @@ class RequestedBlocks:
         """Count what one message of the answer says."""
         for run in response.runs:
             if run.WhichOneof("outcome") == "miss":
-                self._miss(MISS_REASONS[run.miss - 1], run.blocks)
+                self.missed(run.miss, run.blocks)
             else:
-                self._handed_out += run.blocks
+                self.handed_out(run.blocks)
+
+    def handed_out(self, blocks: int) -> None:
+        """Count blocks that the caller gets."""
+        self._handed_out += blocks
+
+    def missed(self, reason: pb.MissReason, blocks: int) -> None:
+        """Count blocks that it does not get."""
+        self._miss(MISS_REASONS[reason - 1], blocks)
 
     def _count_late_misses(self) -> None:
         late = self._from_nvme[self._handed_out :]

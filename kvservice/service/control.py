@@ -44,6 +44,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self.block_requests = BlockRequests(metrics, clock=store.clock)
         for method, answer in (
             ("Lookup", self._lookup),
+            ("Load", self._load),
             ("Renew", self._renew),
             ("Release", self._release),
             ("Put", self._put),
@@ -121,6 +122,36 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._metrics.lookup_held_blocks.inc(looked.hit_blocks)
         self._metrics.lookup_miss_blocks.inc(looked.blocks - looked.hit_blocks)
         return messages.lookup_response(looked)
+
+    async def _load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
+        started_s = time.perf_counter()
+        instance = self._instance(context)
+        places = self._devices.require_places(request, instance)
+        granted = await self._store.get(
+            instance,
+            request.namespace_id,
+            request.hashes,
+            session_id=require_text(request.session_id, "session_id"),
+            request_id=require_text(request.request_id, "request_id"),
+            duration_s=0.0,
+            max_blocks=0,
+            attempt_id=request.attempt_id,
+            accepts_shifts=request.accepts_shifts,
+        )
+        # Nothing ran since the blocks were granted: the namespace is that one.
+        namespace = self._store.namespace(instance, request.namespace_id)
+        wait_s = request.wait_ms / 1000 if request.wait_ms else None
+        with RequestedBlocks(
+            self.block_requests, granted, namespace, instance_id=instance.instance_id, started_s=started_s
+        ) as requested:
+            landed = await self._devices.begin_load(instance, granted, places, wait_s=wait_s)
+            requested.handed_out(landed.blocks)
+            copied = slice(places.first, landed.blocks)
+            response = pb.LoadResponse(blocks=len(granted.slots[copied]), shift_tokens=granted.shifts[copied])
+            for blocks, miss in messages.misses(granted.asked - landed.blocks, landed.miss):
+                requested.missed(miss, blocks)
+                response.miss = response.miss or miss
+        return response
 
     async def _granted(self, request: pb.GetRequest, context: Context) -> Granted:
         return await self._store.get(

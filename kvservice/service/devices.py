@@ -1,4 +1,4 @@
-"""RegisterDevice, and Get and Put whose bytes the daemon copies to and from GPU memory itself."""
+"""RegisterDevice, Load, and Get and Put whose bytes the daemon copies to and from GPU memory itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kvservice_cuda.geometry import PIECES_MAX, Geometry, Piece
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _UUID_BYTES = 16
-_REVISION = 1
-"""Of what a Get may ask: see RegisterDeviceResponse."""
+_REVISION = 2
+"""What clients may ask for: see RegisterDeviceResponse."""
 
 
 class Devices:
@@ -52,11 +52,16 @@ class Devices:
         Raises:
             InvalidRequest, LeaseUnknown, Overloaded.
         """
-        if not request.HasField("device"):
-            return None
+        return self.require_places(request, self._instance_of(context)) if request.HasField("device") else None
+
+    def require_places(self, request: pb.GetRequest | pb.LoadRequest | pb.PutRequest, instance: Peer) -> DevicePlaces:
+        """What the call names, checked.
+
+        Raises:
+            InvalidRequest, LeaseUnknown, Overloaded.
+        """
         if request.device.first and isinstance(request, pb.PutRequest):
             raise InvalidRequest("a Put copies all that it reserves: `first` is a Get's", field="first")
-        instance = self._instance_of(context)
         namespace = self._store.namespace(instance, request.namespace_id)
         return self._store.device_copies.require_places(
             instance,
@@ -82,10 +87,10 @@ class Devices:
                 run.reserved.CopyFrom(pb.Handles(device=pb.DeviceHandles()))
         return response
 
-    async def get_responses(
+    async def begin_load(
         self, instance: Peer, granted: Granted, places: DevicePlaces, *, wait_s: float | None
-    ) -> AsyncIterator[pb.GetResponse]:
-        """The one message of a Get: sent when the copies have begun; how far they are is told in their lane.
+    ) -> getting.Landed:
+        """Begin to copy what leads in DRAM, and end the lease; how far the copies are is told in their lane.
 
         Args:
             wait_s: how long to wait for blocks that are being read from NVMe; None: as long as the call lasts.
@@ -97,11 +102,17 @@ class Devices:
         except BaseException:
             copies.end_lease(instance, granted)
             raise
-        handed_out = landed.blocks if copy is not None else 0
+        return landed if copy is not None else getting.Landed(0, landed.miss)
+
+    async def get_responses(
+        self, instance: Peer, granted: Granted, places: DevicePlaces, *, wait_s: float | None
+    ) -> AsyncIterator[pb.GetResponse]:
+        """The one message of a Get; see `begin_load`."""
+        landed = await self.begin_load(instance, granted, places, wait_s=wait_s)
         response = pb.GetResponse()
-        for blocks, shift in messages.shift_runs(granted.shifts, 0, handed_out):
+        for blocks, shift in messages.shift_runs(granted.shifts, 0, landed.blocks):
             response.runs.add(blocks=blocks, handles=pb.Handles(device=pb.DeviceHandles()), shift_tokens=shift)
-        messages.add_misses(response, len(granted.slots) - handed_out + granted.missed, landed.miss)
+        messages.add_misses(response, granted.asked - landed.blocks, landed.miss)
         yield response
 
 

@@ -55,7 +55,7 @@ async def responses(granted: Granted, *, wait_s: float | None) -> AsyncIterator[
         landing = await _landing(granted, position, None if ends_at_s is None else ends_at_s - loop.time())
         if landing is not Landing.OK:
             response = pb.GetResponse()
-            rest = len(granted.slots) - position + granted.missed
+            rest = granted.asked - position
             messages.add_misses(response, rest, Miss.OVER_LIMIT if landing is None else _MISSES[landing])
             yield response
             return

@@ -1,8 +1,8 @@
-"""Get and Put on the device plane: the daemon's own copies between slots and engines' GPU memory.
+"""Load and Put on the device plane: the daemon's own copies between slots and engines' GPU memory.
 
-A copy holds its slots by itself, beside any lease or reservation, from before it is queued until no byte of it moves:
-slots of an engine that died, or whose reservation ran out, are not reused under it. A load needs no lease of the
-client's for that reason, and its lease ends here.
+A copy holds its slots by itself, beside any reservation, from before it is queued until no byte of it moves: slots of
+an engine that died, or whose reservation ran out, are not reused under it. A load needs no lease of the client's for
+that reason: its copy takes over what the lease held.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WAYS = {Direction.LOAD: "dram_to_gpu", Direction.SAVE: "gpu_to_dram"}
 
 @dataclass(frozen=True, slots=True)
 class DevicePlaces:
-    """What a Get or Put names: the engine's blocks, and where to tell the progress.
+    """What a Load or Put names: the engine's blocks, and where to tell the progress.
 
     Attributes:
         first: of a Get: the place in its chain of the first block that is copied.
@@ -137,7 +137,7 @@ class DeviceCopies:
             raise InvalidRequest("the registration is of another namespace", field="registration_id")
         if len(block_ids) != hashes - first:
             raise InvalidRequest(f"{len(block_ids)} block ids for {hashes - first} hashes", field="block_ids")
-        ids = np.array(block_ids, dtype=np.uint32)
+        ids = np.fromiter(block_ids, dtype=np.uint32, count=len(block_ids))
         if len(ids) and int(ids.max()) >= registration.geometry.blocks:
             raise InvalidRequest(
                 f"block id {ids.max()}, and {registration.geometry.blocks} blocks are registered", field="block_ids"
@@ -151,7 +151,7 @@ class DeviceCopies:
         return DevicePlaces(registration, first, ids, lane, sequence, attempt_id)
 
     def load(self, instance: Peer, granted: Granted, places: DevicePlaces, blocks: int) -> Copy | None:
-        """Begin to copy the leading `blocks` of a Get, all in DRAM now, as far as it wants them; and end its lease.
+        """Begin to copy the leading `blocks` of a Load, all in DRAM now, as far as it wants them; and end its lease.
 
         Returns:
             None where there is nothing to copy, or nothing may be copied any more: the attachment, the lease or the
@@ -161,17 +161,19 @@ class DeviceCopies:
             hold = self._holds.find(instance, HoldKind.READ, [granted.hold_id])[0]
         except LeaseUnknown:
             return None  # released meanwhile: the client was told that nothing would begin
-        is_over = hold.expired or not instance.is_attached or places.registration.is_closed
-        copy = None
-        if not is_over and blocks > places.first:
-            namespace = self._holds.namespace(hold)
-            block_ids, slots = places.block_ids[: blocks - places.first], granted.slots[places.first : blocks]
-            copy = self._start(Direction.LOAD, namespace, places, block_ids, slots)
-        self._holds.end(hold)
+        first, slots = places.first, granted.slots
+        if hold.expired or not instance.is_attached or places.registration.is_closed or blocks <= first:
+            self._holds.end(hold)
+            return None
+        namespace = self._holds.namespace(hold)
+        copy = self._start(Direction.LOAD, namespace, places, places.block_ids[: blocks - first], slots[first:blocks])
+        self._holds.hand_over(hold)
+        if blocks - first < len(slots):
+            namespace.end_hold(np.concatenate((slots[:first], slots[blocks:])))
         return copy
 
     def end_lease(self, instance: Peer, granted: Granted) -> None:
-        """Nothing of the Get will be copied. Does nothing where the lease has ended."""
+        """Nothing of the Load will be copied. Does nothing where the lease has ended."""
         try:
             self._holds.end(self._holds.find(instance, HoldKind.READ, [granted.hold_id])[0])
         except LeaseUnknown:
@@ -187,9 +189,9 @@ class DeviceCopies:
             self._holds.end(self._holds.find(instance, HoldKind.WRITE, [reserved.hold_id])[0])
             raise LeaseUnknown("the registration was closed meanwhile: register again")
         if len(reserved.slots):
-            self._start(
-                Direction.SAVE, namespace, places, places.block_ids[-len(reserved.slots) :], reserved.slots
-            )  # fmt: skip
+            slots = reserved.slots.copy()  # the reservation's own array shrinks with every Commit
+            namespace.pool.hold(slots)
+            self._start(Direction.SAVE, namespace, places, places.block_ids[-len(slots) :], slots)
 
     async def until_quiet(self, instance: Peer, attempt_ids: Sequence[int]) -> None:
         """Wait until no copy that these calls began moves a byte any more."""
@@ -198,8 +200,7 @@ class DeviceCopies:
     def _start(
         self, direction: Direction, namespace: Namespace, places: DevicePlaces, block_ids: np.ndarray, slots: Slots
     ) -> Copy:
-        slots = slots.copy()  # the hold's own array shrinks with every Commit
-        namespace.pool.hold(slots)
+        """Begin to copy; what holds the slots is the copy's from now on."""
         return self.plane.start(
             places.registration,
             direction,

@@ -125,6 +125,11 @@ class Holds:
         self.leases.end(hold)
         self._namespaces[hold.namespace].end_hold(hold.slots)
 
+    def hand_over(self, hold: Hold) -> None:
+        """Forget a lease whose slots somebody else lets go of from now on."""
+        assert hold.kind is HoldKind.READ, "what a reservation did not write goes with it"
+        self.leases.end(hold)
+
     def _drop_unwritten(self, hold: Hold) -> None:
         namespace = self._namespaces[hold.namespace]
         # The deepest first: each of these is dropped for its own reason, what others put behind lost its prefix.

@@ -90,6 +90,11 @@ class Granted:
     shifts: Sequence[int] = ()
     """By how many tokens each block's keys must be rotated; empty: none of them."""
 
+    @property
+    def asked(self) -> int:
+        """Blocks asked for."""
+        return len(self.slots) + self.missed
+
 
 @dataclass(frozen=True, slots=True)
 class KeptRun:

@@ -78,7 +78,7 @@ class Reading:
         if not self._disks.can_read_all:
             readable = self._readable(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
             hit, miss = (readable, Miss.TIER_OFFLINE) if readable < hit else (hit, miss)
-        shifts = requests.shift_tokens(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
+        shifts = requests.held_shift_tokens(namespace, chain, hit)
         return Looked(namespace.index.dram_length(chain, hit), hit, len(chain), miss, shifts)
 
     def plan_load(self, namespace: Namespace, packed: bytes, engine: Speeds) -> PlannedLoad:

@@ -89,6 +89,15 @@ def shift_tokens(namespace: Namespace, rows: Rows) -> tuple[int, ...]:
     return tuple((namespace.index.shift_blocks(rows) * namespace.spec.tokens_per_block).tolist())
 
 
+def held_shift_tokens(namespace: Namespace, chain: Chain, hit: int) -> tuple[int, ...]:
+    """The same for the `hit` leading blocks of a chain, which are held; O(1) where none is an alias."""
+    index = namespace.index
+    # Aliases have an owner, and so has what is behind them: where the last block has none, no block is one.
+    if not hit or index.owner.item(index.row_of(chain.hash_at(hit - 1))) == NO_OWNER:
+        return ()
+    return shift_tokens(namespace, index.rows_of(chain.hashes(count=hit)))
+
+
 def known_runs(namespace: Namespace, rows: Rows) -> list[tuple[int, Written]]:
     """Why there is nothing to write for the leading blocks of a Put that the index knows, as runs."""
     resident = int(np.count_nonzero(namespace.index.state[rows] == State.RESIDENT))

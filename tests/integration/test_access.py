@@ -30,6 +30,7 @@ ONE = chain("a", 1)[0]
 CALLS: tuple[tuple[str, Any], ...] = (
     ("Lookup", pb.LookupRequest(namespace_id=1, hashes=ONE)),
     ("Get", pb.GetRequest(namespace_id=1, hashes=ONE)),
+    ("Load", pb.LoadRequest(namespace_id=1, hashes=ONE)),
     ("Renew", pb.RenewRequest()),
     ("Release", pb.ReleaseRequest()),
     ("Put", pb.PutRequest(namespace_id=1, hashes=ONE)),

@@ -1,4 +1,4 @@
-"""The CUDA IPC plane: the daemon's copies, asked for by Get and Put."""
+"""The CUDA IPC plane: the daemon's copies, asked for by Load and Put."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _REGISTER_TIMEOUT_S = 10.0
 _COMMIT_TIMEOUT_S = 10.0
-_REVISION = 1
+_REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,9 @@ class IpcPlane:
         request = registration_request(cache, driver, context, namespace_id=self._namespace_id)
         response = link.call(link.stub.RegisterDevice, request, _REGISTER_TIMEOUT_S)
         self._registration_id: int = response.registration_id
-        # An older daemon would copy what moved and not say so, or take block ids to be those of the chain's root.
-        self._knows_shifts_and_first: bool = response.revision >= _REVISION
+        if response.revision < _REVISION:
+            self.close()
+            raise NotExportable(f"no cuda-ipc: the daemon (version {link.welcome.daemon_version}) is older than Load")
         try:
             descriptor, size_bytes = link.device_progress(self._registration_id)
             self._lanes = Lanes(context, lanes=response.lanes, descriptor=descriptor, size_bytes=size_bytes)
@@ -110,20 +111,17 @@ class IpcPlane:
         Raises:
             KVServiceError: nothing was begun.
         """
-        if call.first and not self._knows_shifts_and_first:
-            return DeviceLoad(None, None, 0, Reason.NOT_HELD)
-        request = pb.GetRequest(
+        request = pb.LoadRequest(
             namespace_id=self._namespace_id,
             hashes=call.hashes,
             session_id=call.session_id,
             request_id=call.request_id,
             wait_ms=math.ceil(call.wait_s * 1000),
-            accepts_shifts=call.accepts_shifts and self._knows_shifts_and_first,
+            accepts_shifts=call.accepts_shifts,
         )
-        transfer, device = self._transfer(call, lambda: request.attempt_id)
-        request.device.CopyFrom(device)
+        transfer = self._transfer(call, request)
         try:
-            responses = list(self._link.get(request, call.deadline_s))
+            response = self._link.load(request, call.deadline_s)
         except KVServiceError as error:
             if self._link.is_settled(request.attempt_id):
                 self._never_began(transfer)
@@ -131,17 +129,14 @@ class IpcPlane:
             transfer.fail()
             self._watchdog.watch(transfer)
             raise LoadUnanswered(DeviceLoad(self._context, transfer, 0, Reason.TIMEOUT)) from error
-        runs = [run for response in responses for run in response.runs]
-        copied = [run for run in runs if run.WhichOneof("outcome") == "handles"]
-        shifts = [run.shift_tokens for run in copied for _ in range(run.blocks)][call.first :]
-        miss = next((run.miss for run in runs if run.WhichOneof("outcome") == "miss"), pb.MISS_REASON_UNSPECIFIED)
-        reason = MISS_REASONS.get(miss, Reason.NOT_HELD)
-        if not shifts:
+        reason = MISS_REASONS.get(response.miss, Reason.NOT_HELD)
+        if not response.blocks:
             self._never_began(transfer)
             return DeviceLoad(None, None, 0, reason)
         transfer.has_begun = True
         self._watchdog.watch(transfer)
-        return DeviceLoad(self._context, transfer, len(shifts), reason, shifts)
+        shifts = response.shift_tokens or [0] * response.blocks
+        return DeviceLoad(self._context, transfer, response.blocks, reason, shifts)
 
     def begin_save(self, call: Call) -> PendingSave:
         """Reserve, and let the daemon copy. Does not wait for bytes.
@@ -156,8 +151,7 @@ class IpcPlane:
             session_id=call.session_id,
             request_id=call.request_id,
         )
-        transfer, device = self._transfer(call, lambda: request.attempt_id)
-        request.device.CopyFrom(device)
+        transfer = self._transfer(call, request)
         try:
             response = self._link.put(request, call.deadline_s)
         except KVServiceError:
@@ -210,7 +204,8 @@ class IpcPlane:
         dropped = sum(run.blocks for run in response.runs if run.WhichOneof("outcome") == "dropped")
         return SaveResult(saved=sum(run.blocks for run in response.runs) - dropped, refused=dropped)
 
-    def _transfer(self, call: Call, attempt_id: Callable[[], int]) -> tuple[Transfer, pb.DeviceBlocks]:
+    def _transfer(self, call: Call, request: pb.LoadRequest | pb.PutRequest) -> Transfer:
+        """Follow the copy that the request will ask for; its places are put in."""
         lane, sequence = self._lanes.take()
         link = self._link
         try:
@@ -223,21 +218,18 @@ class IpcPlane:
             link.leave()
             return True
 
-        transfer = Transfer(
+        device = request.device
+        device.registration_id, device.lane, device.sequence = self._registration_id, lane, sequence
+        device.first = call.first
+        device.block_ids.extend(call.block_ids)
+        return Transfer(
             self._lanes,
             lane,
             sequence,
-            is_settled=lambda: link.is_settled(attempt_id()),
+            is_settled=lambda: link.is_settled(request.attempt_id),
             is_hung_up=lambda: link.is_hung_up,
             on_quiet=left,
             deadline_s=call.deadline_s,
-        )
-        return transfer, pb.DeviceBlocks(
-            registration_id=self._registration_id,
-            first=call.first,
-            block_ids=call.block_ids,
-            lane=lane,
-            sequence=sequence,
         )
 
     def _give_up(self, transfer: Transfer, attempt_id: int) -> None:

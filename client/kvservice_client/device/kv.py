@@ -239,7 +239,7 @@ class DeviceKV:
     ) -> Call:
         if not 0 <= first <= len(hashes) or len(block_ids) != len(hashes) - first:
             raise InvalidRequest(f"{len(block_ids)} block ids for {len(hashes)} hashes from place {first} on")
-        if any(not 0 <= block_id < self.cache.blocks for block_id in block_ids):
+        if len(block_ids) and not 0 <= min(block_ids) <= max(block_ids) < self.cache.blocks:
             raise InvalidRequest(f"a block id is out of bounds: the cache has {self.cache.blocks} blocks")
         return Call(self._client.pack(hashes), block_ids, session_id, request_id, deadline_s, first=first)
 

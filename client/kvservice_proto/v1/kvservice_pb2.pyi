@@ -314,6 +314,36 @@ class GetRun(_message.Message):
     shift_tokens: int
     def __init__(self, blocks: _Optional[int] = ..., handles: _Optional[_Union[Handles, _Mapping]] = ..., miss: _Optional[_Union[MissReason, str]] = ..., shift_tokens: _Optional[int] = ...) -> None: ...
 
+class LoadRequest(_message.Message):
+    __slots__ = ("namespace_id", "hashes", "session_id", "request_id", "attempt_id", "wait_ms", "accepts_shifts", "device")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_SHIFTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    hashes: bytes
+    session_id: str
+    request_id: str
+    attempt_id: int
+    wait_ms: int
+    accepts_shifts: bool
+    device: DeviceBlocks
+    def __init__(self, namespace_id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., session_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt_id: _Optional[int] = ..., wait_ms: _Optional[int] = ..., accepts_shifts: bool = ..., device: _Optional[_Union[DeviceBlocks, _Mapping]] = ...) -> None: ...
+
+class LoadResponse(_message.Message):
+    __slots__ = ("blocks", "miss", "shift_tokens")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    miss: MissReason
+    shift_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, blocks: _Optional[int] = ..., miss: _Optional[_Union[MissReason, str]] = ..., shift_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class RenewRequest(_message.Message):
     __slots__ = ("lease_ids", "reservation_ids", "lease_ms")
     LEASE_IDS_FIELD_NUMBER: _ClassVar[int]

@@ -49,6 +49,11 @@ class KVCacheServiceStub(object):
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.GetRequest.SerializeToString,
                 response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.GetResponse.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/kvservice.v1.KVCacheService/Load',
+                request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.LoadRequest.SerializeToString,
+                response_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.LoadResponse.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/kvservice.v1.KVCacheService/Renew',
                 request_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.RenewRequest.SerializeToString,
@@ -147,6 +152,17 @@ class KVCacheServiceServicer(object):
     def Get(self, request, context):
         """Lease the longest held prefix. The first message carries the lease; further
         ones hand out blocks, in order, as they arrive from a slower tier.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Load(self, request, context):
+        """Copy the longest held prefix into places of a registered KV cache in GPU memory:
+        answered when the copies have begun and, where blocks are read from a slower tier,
+        when these have arrived. The daemon keeps the blocks leased until it is done. Only
+        a Release of the attempt that was answered says that no copy of an unanswered Load
+        will begin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -278,6 +294,11 @@ def add_KVCacheServiceServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.GetRequest.FromString,
                     response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.GetResponse.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=kvservice__proto_dot_v1_dot_kvservice__pb2.LoadRequest.FromString,
+                    response_serializer=kvservice__proto_dot_v1_dot_kvservice__pb2.LoadResponse.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -436,6 +457,33 @@ class KVCacheService(object):
             '/kvservice.v1.KVCacheService/Get',
             kvservice__proto_dot_v1_dot_kvservice__pb2.GetRequest.SerializeToString,
             kvservice__proto_dot_v1_dot_kvservice__pb2.GetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.KVCacheService/Load',
+            kvservice__proto_dot_v1_dot_kvservice__pb2.LoadRequest.SerializeToString,
+            kvservice__proto_dot_v1_dot_kvservice__pb2.LoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -168,9 +168,11 @@ def test_an_engine_that_goes_with_copies_under_way_leaves_slots_and_memory_only_
     engine.kv.save(chain("a", 4), [0, 1, 2, 3])
     plane = daemon.store.device_copies.plane
     instance_id = engine.client.link.welcome.instance_id
+    queued = gpu.queued_copies
     with gpu.held():
         load = engine.kv.load(chain("a", 4), [4, 5, 6, 7])
         assert load.blocks == 4
+        eventually(lambda: gpu.queued_copies > queued)
         # What the kernel does when a process ends: both sockets close, whatever the program still meant to do.
         engine.client.link._memory_socket.close()
         eventually(

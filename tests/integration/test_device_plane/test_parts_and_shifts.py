@@ -1,4 +1,4 @@
-"""Loads of a part of a chain, and of blocks that moved: on both planes, and with a daemon that knows of neither."""
+"""Loads of a part of a chain, and of blocks that moved: on both planes, and with a daemon that is older than Load."""
 
 from __future__ import annotations
 
@@ -109,16 +109,19 @@ def test_block_ids_are_those_from_the_first_on(make_engine: MakeEngine) -> None:
             engine.kv.load(chain("a", 3), block_ids, first=first)
 
 
-def test_a_daemon_that_says_no_shifts_is_asked_for_none(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("revision", [0, 1])
+def test_with_a_daemon_that_is_older_than_load_the_client_copies_itself(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, revision: int
 ) -> None:
-    monkeypatch.setattr(devices, "_REVISION", 0)
+    monkeypatch.setattr(devices, "_REVISION", revision)
     engine = make_engine()
+    assert engine.kv.plane.name == "mapped"
+    assert "older than Load" in engine.kv.plane.why
+    assert not engine.client.stats().devices[0].registrations
     overflow(engine)
     load = engine.kv.load(NEW, [8, 9, 10, 11], session_id="talk", accepts_shifts=True)
-    assert (load.blocks, load.reason) == (0, Reason.OTHER_SESSION), "it would not say which ones moved"
-    assert engine.kv.load(OLD, [8, 9], first=6).blocks == 0, "it would take the block ids for those of the root"
-    assert engine.kv.load(OLD, range(8), accepts_shifts=True).result() == kv.LoadResult(8, Reason.OK)
+    assert load.result().blocks == 4
+    assert load.shifts == SHIFTS
 
 
 @pytest.mark.parametrize(

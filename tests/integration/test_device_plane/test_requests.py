@@ -11,7 +11,8 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain
 from tests.daemons import DaemonThread
 from tests.devices import UUID, FakeGpu
-from tests.integration.test_device_plane.conftest import BLOCKS, LAYERS, PIECE, Engine, MakeEngine
+from tests.integration.test_device_plane.conftest import BLOCK, BLOCKS, LAYERS, PIECE, Engine, MakeEngine
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -64,6 +65,7 @@ def test_a_cache_that_does_not_fit_is_refused_and_nothing_stays_open(
     assert len(gpu.pinned) == pinned + 1
 
 
+@pytest.mark.parametrize("method", ["Get", "Load"])
 @pytest.mark.parametrize(
     ("change", "error", "problem"),
     [
@@ -75,21 +77,59 @@ def test_a_cache_that_does_not_fit_is_refused_and_nothing_stays_open(
         ({"sequence": 1 << 50}, kv.InvalidRequest, "sequence is"),
     ],
 )
-def test_a_get_for_places_that_were_not_registered_is_refused_and_grants_nothing(
-    make_engine: MakeEngine, daemon: DaemonThread, change: dict[str, object], error: type[Exception], problem: str
+def test_a_read_into_places_that_were_not_registered_is_refused_and_grants_nothing(
+    make_engine: MakeEngine,
+    daemon: DaemonThread,
+    method: str,
+    change: dict[str, object],
+    error: type[Exception],
+    problem: str,
 ) -> None:
     engine = make_engine()
     engine.kv.save(chain("a", 2), [0, 1])
     registered = register(engine, request_of(engine)).registration_id
     fields = {"registration_id": registered, "block_ids": [0, 1], "lane": 0, "sequence": 1} | change
-    request = pb.GetRequest(
-        namespace_id=1,
-        hashes=b"".join(chain("a", 2)),
-        device=pb.DeviceBlocks(**fields),  # type: ignore[arg-type]
-    )
+    device = pb.DeviceBlocks(**fields)  # type: ignore[arg-type]
+    hashes, link = b"".join(chain("a", 2)), engine.client.link
+    read: dict[str, Callable[[], object]] = {
+        "Get": lambda: list(link.get(pb.GetRequest(namespace_id=1, hashes=hashes, device=device), 5.0)),
+        "Load": lambda: link.load(pb.LoadRequest(namespace_id=1, hashes=hashes, device=device), 5.0),
+    }
     with pytest.raises(error, match=problem):
-        list(engine.client.link.get(request, 5.0))
+        read[method]()
     assert daemon.holds() == (0, 0, 0)
+
+
+def test_a_get_that_names_places_copies_as_a_load_does(make_engine: MakeEngine, daemon: DaemonThread) -> None:
+    engine = make_engine()
+    engine.kv.save(chain("a", 2), [0, 1])
+    request = pb.GetRequest(namespace_id=1, hashes=b"".join(chain("a", 3)))
+    request.device.registration_id = register(engine, request_of(engine)).registration_id
+    request.device.block_ids.extend([5, 6, 7])
+    request.device.sequence = 1
+    before = engine.gpu.copied_bytes
+    (response,) = engine.client.link.get(request, 5.0)
+    outcomes = [(run.blocks, run.WhichOneof("outcome")) for run in response.runs]
+    assert outcomes == [(2, "handles"), (1, "miss")]
+    assert (response.lease_id, response.runs[0].handles.WhichOneof("plane")) == (0, "device")
+    eventually(lambda: engine.gpu.copied_bytes == before + 2 * BLOCK)
+    eventually(lambda: daemon.holds() == (0, 0, 0))
+
+
+def test_a_load_says_how_much_comes_why_not_more_and_is_counted(make_engine: MakeEngine, daemon: DaemonThread) -> None:
+    engine = make_engine()
+    engine.kv.save(chain("a", 2), [0, 1])
+    assert engine.kv.load(chain("a", 4), [4, 5, 6, 7]).result() == kv.LoadResult(2, kv.Reason.NOT_HELD)
+    assert engine.kv.load(chain("b", 2), [4, 5]).result() == kv.LoadResult(0, kv.Reason.NOT_HELD)
+    assert engine.kv.load(chain("a", 2), [4, 5]).result() == kv.LoadResult(2)
+    (counted,) = engine.client.stats().namespaces
+    assert (counted.requested_blocks, counted.dram_hit_blocks, counted.miss_blocks) == (8, 4, 4)
+    registry = daemon.daemon.metrics.registry
+    missed = {
+        reason: registry.get_sample_value("kvservice_block_requests_total", {"outcome": "miss", "reason": reason})
+        for reason in ("not_held", "prefix_missing")
+    }
+    assert missed == {"not_held": 2, "prefix_missing": 2}
 
 
 def test_another_instance_s_registration_is_unknown(make_engine: MakeEngine) -> None:
