@@ -72,6 +72,8 @@ class _Registrar:
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
         tolerant = {method: _tolerant(handler) for method, handler in handlers.items()}
+        # Found by name, not registered: gRPC's event loop builds and looks through one waiter per registered method for
+        # every call.
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, tolerant),))
 
 
