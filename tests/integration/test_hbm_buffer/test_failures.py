@@ -211,6 +211,8 @@ def test_a_dead_daemon_s_load_has_failed_and_its_run_comes_back_after_a_while(
     assert load.finish().blocks == 0
 
 
+# Whoever connects in the moment in which a daemon ends finds a socket that is closed with its process: here, later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_with_the_next_daemon_it_goes_on(
     make_engine: MakeEngine, make_daemon_thread: MakeDaemonThread, short_path: Path, gpu: FakeGpu
 ) -> None:
