@@ -54,7 +54,7 @@ class LazyPath(HostPath):
 
     Attributes:
         fails: whether the loads that begin now fail, which is not known before the end.
-        ahead_blocks_max: room for loads ahead; none unless a test makes some.
+        ahead_blocks_max, ahead_blocks_now: room for loads ahead; none unless a test makes some.
         loads: what was begun so far, loads ahead included.
         loads_ahead: of these, the ones that were begun ahead.
     """

@@ -158,7 +158,8 @@ def test_the_loop_gives_the_same_tokens_however_its_prefixes_arrive(
             name: result.tokens for name, result in expected.items()
         }
         assert not path.loads
-        path.fails, path.ahead_blocks_max = fails, ahead_blocks
+        path.fails = fails
+        path.ahead_blocks_max = path.ahead_blocks_now = ahead_blocks
         resumed = run(loop, asked)
         assert len(path.loads) == len(asked)
         # The first request is not waited with; what waits behind it is loaded while it is computed.
@@ -181,7 +182,7 @@ def test_what_was_loaded_ahead_is_dropped_where_more_is_held_by_then(
     with lazy_adapter(model, socket_dir, salt) as (adapter, path):
         loop = ServingLoop(model, adapter, rows=1, window_tokens=400)
         run(loop, [short])
-        path.ahead_blocks_max = 100
+        path.ahead_blocks_max = path.ahead_blocks_now = 100
         results = run(loop, [first, second])
         assert results["first"].tokens == results["second"].tokens == expected
         assert results["first"].reused_tokens == 160
@@ -191,12 +192,29 @@ def test_what_was_loaded_ahead_is_dropped_where_more_is_held_by_then(
         assert results["second"].reused_tokens == (260 - 1) // 16 * 16
 
 
+def test_what_has_no_room_ahead_holds_up_the_queue_only_if_it_may_have_some(
+    model: PreTrainedModel, socket_dir: Path, salt: str
+) -> None:
+    asked = [Request(f"r{index}", draw(index, tokens), max_new_tokens=8) for index, tokens in enumerate((40, 300, 90))]
+    with lazy_adapter(model, socket_dir, salt) as (adapter, path):
+        loop = ServingLoop(model, adapter, rows=1, window_tokens=400)
+        run(loop, asked)
+        for room, ahead in (((10, 10), [5]), ((30, 10), []), ((30, 30), [18, 5])):
+            path.loads_ahead.clear()
+            path.ahead_blocks_max, path.ahead_blocks_now = room
+            for request in asked:
+                loop.submit(request)
+            loop.step()
+            assert [load.blocks for load in path.loads_ahead] == ahead
+            loop.run_until_idle()
+
+
 def test_closing_gives_up_what_was_loaded_ahead(model: PreTrainedModel, socket_dir: Path, salt: str) -> None:
     asked = requests(2)
     with lazy_adapter(model, socket_dir, salt) as (adapter, path):
         loop = ServingLoop(model, adapter, rows=1, window_tokens=400)
         run(loop, asked)
-        path.ahead_blocks_max = 100
+        path.ahead_blocks_max = path.ahead_blocks_now = 100
         for request in asked:
             loop.submit(request)
         loop.step()

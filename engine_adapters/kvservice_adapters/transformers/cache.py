@@ -133,7 +133,7 @@ class PrefixCache(DynamicCache):
             for number, (keys, values) in enumerate(pairs)
         ]
         # Who never computes with it must not keep the service's memory.
-        weakref.finalize(self, load.cancel)
+        weakref.finalize(self, load.cancel).atexit = False
 
     def arrived(self) -> bool:
         """Wait for what is arriving, behind all that the stream has to do. Blocks.

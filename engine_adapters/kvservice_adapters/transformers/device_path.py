@@ -84,7 +84,12 @@ class DevicePath:
 
     @property
     def ahead_blocks_max(self) -> int:
-        """Half of the buffer stays for saves, and for loads that cannot wait."""
+        """Half of the buffer; the rest stays for saves, and for loads that cannot wait."""
+        return self._buffer.blocks // 2
+
+    @property
+    def ahead_blocks_now(self) -> int:
+        """What is left of that."""
         return max(0, self._buffer.free_blocks - self._buffer.blocks // 2)
 
     def load(

@@ -92,7 +92,7 @@ class PrefixLoader:
         self._settle_timeout_s = settle_timeout_s
         self._speed = speed
         self._lock = threading.Lock()
-        # None: nothing was held when it was asked for ahead.
+        # None: nothing of it is loaded ahead, and that is not asked again.
         self._ahead: dict[TrackedSequence, Ahead | None] = {}
 
     def begin(self, sequence: TrackedSequence, rows_for: RowsFor) -> PrefixLoad:
@@ -130,7 +130,10 @@ class PrefixLoader:
         with self._lock:
             if sequence in self._ahead or not hashes:
                 return True
-        if len(hashes) > self._path.ahead_blocks_max or not self._client.attached:
+            if len(hashes) > self._path.ahead_blocks_max > 0:
+                self._ahead[sequence] = None  # it never will have room; those behind it need not wait for that
+                return True
+        if len(hashes) > self._path.ahead_blocks_now or not self._client.attached:
             return False
         if self._saver.settle(hashes, 0.0) is not DrainOutcome.DRAINED:
             return False  # more is held in a moment

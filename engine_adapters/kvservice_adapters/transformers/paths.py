@@ -98,7 +98,12 @@ class BlockPath(Protocol):
 
     @property
     def ahead_blocks_max(self) -> int:
-        """How many blocks `load_ahead` has room for now."""
+        """How many blocks `load_ahead` may have room for; 0: it never has any."""
+        ...
+
+    @property
+    def ahead_blocks_now(self) -> int:
+        """How many it has room for at present."""
         ...
 
     def load(
@@ -177,7 +182,7 @@ class HostPath:
         self._layout = layout
         self._device = device
         self._rope = rope
-        self.ahead_blocks_max = 0  # its loads are for the engine's thread to wait for
+        self.ahead_blocks_max = self.ahead_blocks_now = 0  # its loads are for the engine's thread to wait for
         self.outgoing_blocks_max = max(1, save_queue_size_bytes // layout.block_size_bytes)
         # Loaded blocks land here first; kept, because fresh memory costs page faults.
         self._landing = torch.empty(0, dtype=torch.uint8)
