@@ -193,7 +193,7 @@ def test_while_finish_scatters_a_stream_waits_for_it_and_cancel_too(engine: Engi
     load = engine.buffer.load(chain("a", 5), engine.mover, PLACES)
     finishing, cancelling = threading.Thread(target=load.finish), threading.Thread(target=cancel)
     finishing.start()
-    eventually(lambda: engine.mover.launches)
+    eventually(lambda: engine.mover.launches and load._piece is not None and load._piece.load.is_quiet)
     other = engine.gpu.new_stream()
     load.wait_layer(0, other)
     engine.gpu.queue(other, look)
