@@ -110,6 +110,8 @@ class RequestedBlocks:
 
     def _count_late_misses(self) -> None:
         late = self._from_nvme[self._handed_out :]
+        if not len(late):
+            return
         nvme = int(np.count_nonzero(late))
         self._counters.nvme_hits -= nvme
         self._counters.dram_hits -= len(late) - nvme

@@ -81,11 +81,7 @@ class Devices:
         """Begin to copy what was reserved. Nothing waited since it was."""
         namespace = self._store.namespace(instance, namespace_id)
         self._store.device_copies.save(instance, namespace, reserved, places)
-        response = messages.put_response(reserved)
-        for run in response.runs:
-            if run.HasField("reserved"):
-                run.reserved.CopyFrom(pb.Handles(device=pb.DeviceHandles()))
-        return response
+        return messages.put_response(reserved, is_copied_here=True)
 
     async def begin_load(
         self, instance: Peer, granted: Granted, places: DevicePlaces, *, wait_s: float | None

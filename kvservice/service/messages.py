@@ -141,8 +141,8 @@ def add_misses(response: pb.GetResponse, blocks: int, first: outcomes.Miss) -> N
         response.runs.add(blocks=count, miss=miss)
 
 
-def put_response(reserved: outcomes.Reserved) -> pb.PutResponse:
-    """Put's answer."""
+def put_response(reserved: outcomes.Reserved, *, is_copied_here: bool = False) -> pb.PutResponse:
+    """Put's answer; `is_copied_here`: the daemon writes into what was reserved."""
     response = pb.PutResponse(reservation_id=reserved.hold_id, lease_ms=int(reserved.duration_s * 1000))
     for blocks, written in reserved.known:
         if written is outcomes.Written.HELD:
@@ -151,6 +151,9 @@ def put_response(reserved: outcomes.Reserved) -> pb.PutResponse:
             response.runs.add(blocks=blocks, being_written=pb.BeingWritten())
         else:
             response.runs.add(blocks=blocks, refused=pb.Refused(reason=REFUSALS[written]))
+    if is_copied_here and len(reserved.slots):
+        response.runs.add(blocks=len(reserved.slots), reserved=pb.Handles(device=pb.DeviceHandles()))
+        return response
     for blocks, of_run in handles(reserved.pool, reserved.slots):
         response.runs.add(blocks=blocks, reserved=of_run)
     return response

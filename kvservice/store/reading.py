@@ -137,9 +137,10 @@ class Reading:
         missed = found.asked - len(rows)
         # One that is being read already is not in DRAM yet: whoever began that did this Get a favour.
         from_nvme = found.on_nvme | namespace.index.arriving[of_bytes]
+        nvme_hits = int(np.count_nonzero(from_nvme))
         namespace.counters.requested += found.asked
-        namespace.counters.dram_hits += int(np.count_nonzero(~from_nvme))
-        namespace.counters.nvme_hits += int(np.count_nonzero(from_nvme))
+        namespace.counters.dram_hits += len(rows) - nvme_hits
+        namespace.counters.nvme_hits += nvme_hits
         namespace.counters.misses += missed
         if not len(rows):
             return Granted(0, 0.0, namespace.pool, (), rows, {}, from_nvme, missed, miss)
@@ -159,7 +160,7 @@ class Reading:
         )
         pending = {
             int(position): namespace.arrivals[int(of_bytes[position])]
-            for position in np.flatnonzero(namespace.index.arriving[of_bytes])
+            for position in (np.flatnonzero(namespace.index.arriving[of_bytes]) if nvme_hits else ())
         }
         granted = of_bytes.tolist()
         return Granted(hold_id, lease_s, namespace.pool, granted, slots, pending, from_nvme, missed, miss, shifts)
