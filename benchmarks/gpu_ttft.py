@@ -34,6 +34,7 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 GIB = 1 << 30
 NEW_TOKENS, HISTORIES = 256, (8192, 32768)
+BUFFER_BYTES = 9 * GIB  # what is loaded ahead may take half of it
 NVME_HISTORY, NVME_CHAINS = 8192, 3  # read in turn; DRAM holds little more than one
 REPETITIONS = 5
 _PREFILL_TOKENS = 4096
@@ -45,7 +46,9 @@ class Engine:
 
     def __init__(self, model: Any, socket_dir: str) -> None:
         self.model = model
-        options = AdapterOptions(recompute_if_faster=False, load_deadline_s=30.0, save_deadline_s=60.0)
+        options = AdapterOptions(
+            recompute_if_faster=False, load_deadline_s=30.0, save_deadline_s=60.0, hbm_buffer_size_bytes=BUFFER_BYTES
+        )
         self.adapter = TransformersAdapter(model, socket_dir, weights_identity="random", options=options)
         self.adapter.prepare(tokens=max(HISTORIES))
 
@@ -64,7 +67,7 @@ class Engine:
 
     def saved_history(self, tokens: torch.Tensor) -> DynamicCache:
         """Computed, and held by the service."""
-        cache = self.adapter.load(tokens)
+        cache = self.adapter.load(tokens[:, :_PREFILL_TOKENS])
         assert cache.reused_tokens == 0, "held already"
         for end in range(_PREFILL_TOKENS, tokens.shape[1] + 1, _PREFILL_TOKENS):
             self.compute(tokens[:, end - _PREFILL_TOKENS : end], cache)

@@ -11,6 +11,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,11 @@ class CopyingMover:
 
     def prepare(self, rope: Rope | None) -> None:
         """Nothing is compiled."""
+
+    def at(self, addresses: Sequence[int]) -> CopyingMover:
+        made = copy(self)
+        made._parts = [replace(part, address=address) for part, address in zip(self._parts, addresses, strict=True)]
+        return made
 
     def scatter(
         self,

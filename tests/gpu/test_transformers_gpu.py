@@ -62,7 +62,7 @@ def test_every_turn_gives_the_tokens_of_a_cache_that_never_left_the_gpu(
         history = len(tokens)
         tokens += draw(turn, 100 + 37 * turn)
         result = engine.do("turn", session="s", tokens=tokens, new_tokens=NEW_TOKENS)
-        assert (result["same_tokens"], result["same_bytes"]) == (True, True)
+        assert (result["same_tokens"], result["same_history"]) == (True, True), turn
         # The last token of an answer is not in the cache.
         assert result["reused"] == max(0, history - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         assert result["layer_wise"] is (turn > 0)
@@ -96,7 +96,7 @@ def test_a_client_that_is_not_the_librarys_takes_the_hosts_path(
     tokens = first + engine.do("turn", session="s", tokens=first)["tokens"] + draw(1, 60)
     assert engine.do("drain")
     result = engine.do("turn", session="s", tokens=tokens)
-    assert (result["same_tokens"], result["same_bytes"], result["layer_wise"]) == (True, True, False)
+    assert (result["same_tokens"], result["same_history"], result["layer_wise"]) == (True, True, False)
     assert result["reused"] >= len(first)
 
 
@@ -110,7 +110,7 @@ def test_conversations_that_overflow_go_on_with_turned_keys(
     for turn in range(14):
         tokens += draw(turn, 40)
         result = engine.do("turn", session="s", tokens=tokens)
-        assert (result["same_tokens"], result["same_bytes"]) == (True, True), result
+        assert (result["same_tokens"], result["same_history"]) == (True, True), result
         assert result["computed"] <= 40 + 1 + BLOCK_TOKENS
         overflows.add(result["dropped"])
         tokens += result["tokens"]
@@ -131,7 +131,7 @@ def test_prompts_larger_than_the_buffer_are_saved_and_loaded(
     # In pieces of a buffer each: what is not saved yet is offered again with the next turn.
     for _ in range(12):
         result = engine.do("turn", session="s", tokens=tokens)
-        assert (result["same_tokens"], result["same_bytes"]) == (True, True)
+        assert (result["same_tokens"], result["same_history"]) == (True, True)
         assert engine.do("drain")
         if result["reused"] == 592:
             break

@@ -114,17 +114,19 @@ class Engine:
         kept = self.kept.setdefault(session, Kept(self.model))
         beside = kept.cache(dropped=dropped, tokens=reused)
         expected = self._generate(ids, beside, new_tokens)
-        same = [
-            torch.equal(part, other[0])
+        pairs = [
+            (part, other[0])
             for pair, (keys, values, _) in zip(rows, beside, strict=True)
             for part, other in zip(pair, (keys, values), strict=True)
         ]
+        # What follows the history was computed twice, and rounds as the library's kernels please.
+        same = [torch.equal(part[:, :reused], other[:, :reused]) for part, other in pairs]
         kept.keep(rows, dropped=dropped, reused=reused)
         self.adapter.save([*ids, *output], cache)
         return {
             "tokens": output,
             "same_tokens": output == expected,
-            "same_bytes": all(same),
+            "same_history": all(same),
             "layer_wise": arriving,
             "reused": reused,
             "dropped": dropped,

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 
 
-def uploaded(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """These values as a tensor [len(values)] there; later work of torch's current stream finds them."""
+def uploaded(
+    values: Sequence[int] | Sequence[float] | torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """These values, of the CPU, as a tensor [len(values)] there; later work of torch's current stream finds them."""
+    made = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
+        return made.to(device)
     # From pageable memory torch would wait for the stream, and so for the engine's step.
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return made.pin_memory().to(device, non_blocking=True)

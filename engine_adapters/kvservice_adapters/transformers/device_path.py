@@ -25,10 +25,14 @@ _FINISH_TIMEOUT_S = 10.0
 
 
 class PreparedMover(Mover, Protocol):
-    """A mover that is compiled before it is used."""
+    """A mover that is compiled before it is used, and serves other caches of the same layout."""
 
     def prepare(self, rope: Rope | None) -> None:
         """Compile what its calls need, and turns by this rope. Blocks."""
+        ...
+
+    def at(self, addresses: Sequence[int]) -> PreparedMover:
+        """The same for parts at these addresses."""
         ...
 
 
@@ -76,6 +80,7 @@ class DevicePath:
         self._current_stream = current_stream or partial(torch.cuda.current_stream, device)
         # A mover is nothing but where its cache is, so that it serves whatever cache is there now.
         self._movers: OrderedDict[Geometry, Mover] = OrderedDict()
+        self._first_mover: PreparedMover | None = None
 
     @property
     def outgoing_blocks_max(self) -> int:
@@ -169,19 +174,27 @@ class DevicePath:
 
     def _made_for(self, rows: KVRows) -> PreparedMover:
         """Of one sequence's cache: a part is a block's tokens of one head's keys or values."""
+        heads, item_bytes = self._layout.kv_heads, self._layout.dtype.itemsize
+        addresses = [
+            start + head * step
+            for pair in rows
+            for start, step in ((row.data_ptr(), row.stride(0) * item_bytes) for row in pair)
+            for head in range(heads)
+        ]
+        if self._first_mover is None:
+            self._first_mover = self._first_made(addresses)
+            return self._first_mover
+        return self._first_mover.at(addresses)
+
+    def _first_made(self, addresses: Sequence[int]) -> PreparedMover:
         heads, tokens, head_dim = self._layout.block_shape[2:]
-        item_bytes = self._layout.dtype.itemsize
-        size_bytes = tokens * head_dim * item_bytes
-        parts: list[CachePart] = []
-        key_parts: list[int] = []
-        for layer, pair in enumerate(rows):
-            for which, row in enumerate(pair):
-                key_parts += [] if which else range(len(parts), len(parts) + heads)
-                parts += [
-                    CachePart(row.data_ptr() + head * row.stride(0) * item_bytes, size_bytes, size_bytes, layer)
-                    for head in range(heads)
-                ]
+        size_bytes = tokens * head_dim * self._layout.dtype.itemsize
+        parts = [
+            CachePart(address, size_bytes, size_bytes, number // (2 * heads))
+            for number, address in enumerate(addresses)
+        ]
         keys = KeyRows(head_dim, head_dim, key_rows=tokens, tokens=tokens, group_rows=tokens, row_divisor=1)
+        key_parts = [number for number in range(len(parts)) if number // heads % 2 == 0]
         turning = dict.fromkeys(key_parts, keys) if self._rope is not None else None
         return self._make_mover(parts, dtype=self._layout.dtype, device=self._device, keys=turning)
 
