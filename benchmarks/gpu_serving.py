@@ -192,7 +192,7 @@ def _compared(without: Run, with_service: Run) -> Iterator[Record]:
 def main() -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_serving", description="Serve conversations.")
-    parser.add_argument("--conversations", type=int, default=24, help="default: %(default)s")
+    parser.add_argument("--conversations", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("build/gpu_serving.jsonl"), help="default: %(default)s")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
