@@ -164,10 +164,17 @@ def test_two_ranks_share_a_prompt_and_each_loads_its_own_heads(
         expected, tokens, _ = chat(server, text)
         blocks = tokens // 32
         eventually(lambda: metric(server, "vllm:kvservice_saved_blocks_total") >= 2 * blocks)
-        again, _, reused = chat(server, text)
-        counts = [line for line in server.get("/metrics").splitlines() if line.startswith("vllm:kvservice")]
-        assert metric(server, "vllm:kvservice_loaded_blocks_total") == 2 * blocks, counts
-        assert (again, reused) == (expected, blocks * 32)
+        # A rank that the others' spinning kept from running for longer than its lease computes, and says so.
+        for _ in range(5):
+            loaded = metric(server, "vllm:kvservice_loaded_blocks_total")
+            again, _, reused = chat(server, text)
+            assert again == expected
+            loaded = metric(server, "vllm:kvservice_loaded_blocks_total") - loaded
+            if (loaded, reused) == (2 * blocks, blocks * 32):
+                break
+        else:
+            counts = [line for line in server.get("/metrics").splitlines() if line.startswith("vllm:kvservice")]
+            pytest.fail(f"{loaded} of {2 * blocks} blocks were loaded, {reused} tokens reused: {counts}")
         with kv.admin(socket_dir=own_daemon.socket_dir) as admin:
             places = {of.label[-7:]: of.block_size_bytes for of in admin.stats().namespaces}
     assert set(places) == {"tp0 pp0", "tp1 pp0"}
