@@ -20,7 +20,6 @@ from kvservice_client.link import Link
 from kvservice_client.memory import Buffers, Copy, ThreadedCopier
 from kvservice_client.namespace import Namespace, default_socket_dir
 from kvservice_client.outcomes import (
-    Committed,
     ForgetResult,
     LoadResult,
     Reason,
@@ -329,13 +328,8 @@ class Client(AheadOfNeed):
         self._copier.copy(pieces)
         remaining_s = max(0.1, ends_at_s - time.monotonic())
         committed = reservation.commit(timeout_s=remaining_s) if pieces else []
-        dropped = sum(outcome is Committed.DROPPED for outcome in committed)
-        return SaveResult(
-            saved=len(committed) - dropped,
-            held=reservation.held,
-            being_written=reservation.being_written,
-            refused=reservation.refused + dropped,
-        )
+        known = SaveResult(held=reservation.held, being_written=reservation.being_written, refused=reservation.refused)
+        return known.plus(SaveResult.of_commit(committed))
 
     def _forget(self, request: pb.ForgetRequest) -> ForgetResult:
         link = self._attachment.link()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -173,6 +174,12 @@ class SaveResult:
     being_written: int = 0
     refused: int = 0
     reason: Reason = Reason.OK
+
+    @classmethod
+    def of_commit(cls, committed: Sequence[Committed]) -> SaveResult:
+        """What Commit did: blocks that it dropped were refused."""
+        dropped = sum(outcome is Committed.DROPPED for outcome in committed)
+        return cls(saved=len(committed) - dropped, refused=dropped)
 
     def plus(self, other: SaveResult) -> SaveResult:
         """Both together."""

@@ -15,7 +15,7 @@ from kvservice_client.device.load import DeviceLoad, Transfer, Watchdog
 from kvservice_client.errors import DaemonUnreachable
 from kvservice_client.holds import BlockView, Lease, Reservation
 from kvservice_client.memory import Segment
-from kvservice_client.outcomes import Committed, Reason, SaveResult
+from kvservice_client.outcomes import Reason, SaveResult
 from kvservice_cuda.api import CudaError
 from kvservice_cuda.copier import Copier, Direction
 from kvservice_cuda.driver import Context
@@ -100,9 +100,7 @@ class MappedPlane:
             raise DaemonUnreachable("the GPU did not copy the blocks in time")
         if not is_source_kept():
             raise SourceGone
-        committed = reservation.commit()
-        dropped = sum(outcome is Committed.DROPPED for outcome in committed)
-        return known.plus(SaveResult(saved=len(committed) - dropped, refused=dropped))
+        return known.plus(SaveResult.of_commit(reservation.commit()))
 
     def _begin(
         self,

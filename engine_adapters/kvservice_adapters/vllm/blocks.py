@@ -261,5 +261,4 @@ def _committed(reservation: kv.Reservation, ends_at_s: float) -> kv.SaveResult:
     if not reservation.reserved:
         return kv.SaveResult()
     committed = reservation.commit(timeout_s=max(_COMMIT_S_MIN, ends_at_s - time.monotonic()))
-    dropped = sum(outcome is kv.Committed.DROPPED for outcome in committed)
-    return kv.SaveResult(saved=len(committed) - dropped, refused=dropped)
+    return kv.SaveResult.of_commit(committed)

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from kvservice_adapters.gpu.buffer import Gathered, HbmBuffer, Mover
 from kvservice_adapters.gpu.parts import KeyRows
 from kvservice_adapters.positions import Rope, UnsupportedPositions
 from kvservice_adapters.vllm.blocks import Fence, Filled, Owner, SaveCall, Source
-from kvservice_adapters.vllm.direct_blocks import fence_of
 from kvservice_adapters.vllm.keys import GatheredKeys, KeyTurner, StridedKeys
 from kvservice_adapters.vllm.layout import KVLayout, Region
 from kvservice_adapters.vllm.orders import LoadOrder
+from kvservice_adapters.vllm.streams import OwnStream, fence_of
 from kvservice_client import Reason, SaveResult
 from kvservice_client.device import CachePart
 from kvservice_cuda.api import CudaError
@@ -81,27 +78,6 @@ def _key_rows(region: Region, keys: KeyTurner) -> KeyRows:
     )
 
 
-class _Stream:
-    """A stream that is not the engine's: what is done there does not wait for its steps. Nothing for host memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """The calling thread's for a while."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
-            yield
-
-    def wait_for(self, fence: Fence | None) -> None:
-        """What is done there from now on comes after it."""
-        if isinstance(fence, torch.cuda.Event) and self._stream is not None:
-            self._stream.wait_event(fence)
-
-
 class BufferedBlocks:
     """See the module, and BlockMemory."""
 
@@ -118,7 +94,7 @@ class BufferedBlocks:
         self._rope = rope
         self.blocks_at_once = max(1, buffer.blocks // 2)
         """How many are gathered at most before room is given back: loads want some too."""
-        self._loading, self._saving = _Stream(layout.device), _Stream(layout.device)
+        self._loading, self._saving = OwnStream(layout.device), OwnStream(layout.device)
 
     def fence(self) -> Fence | None:
         """See BlockMemory."""

@@ -8,29 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from kvservice_adapters.vllm.blocks import Fence, Filled, Owner, SaveCall, Source
 from kvservice_adapters.vllm.keys import KeyTurner
 from kvservice_adapters.vllm.layout import KVLayout
 from kvservice_adapters.vllm.orders import LoadOrder
+from kvservice_adapters.vllm.streams import OwnStream, fence_of
 from kvservice_client import Client, SaveResult
 from kvservice_client.device import CachePart, DeviceCache, DeviceKV, DeviceLoad, PlaneInUse
 
 _log = logging.getLogger(__name__)
-
-
-def fence_of(device: torch.device) -> Fence | None:
-    """On the engine's thread: an event behind all that it has launched there so far; None for host memory."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 class DirectBlocks:
@@ -51,9 +40,7 @@ class DirectBlocks:
         # One layer: the engine hears of a load when all of it is there.
         parts = tuple(CachePart(address, stride, size) for address, stride, size in layout.pieces)
         self._kv = DeviceKV(client, DeviceCache(layout.blocks, parts), driver=driver)
-        self._stream = (
-            torch.cuda.Stream(layout.device) if layout.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        )
+        self._turning = OwnStream(layout.device)
 
     @property
     def plane(self) -> PlaneInUse:
@@ -102,13 +89,9 @@ class DirectBlocks:
         moved = 0
         if result.blocks and self._keys is not None:
             places = range(order.first, order.first + result.blocks)
-            with self._on_stream():
+            with self._turning.current():
                 moved = self._keys.turn(order.block_ids[: result.blocks], places, load.shifts[: result.blocks])
         return Filled(result.blocks, result.reason.value, moved, is_quiet=lambda: load.is_quiet)
-
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        """Not the engine's: what is turned there does not wait for its steps."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 @dataclass(frozen=True, slots=True)
