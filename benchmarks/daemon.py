@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import kvservice_client as kv
+from kvservice_proto.v1 import kvservice_pb2 as pb
 
 HASH_SIZE_BYTES = 32
 _STOP_TIMEOUT_S = 30.0
@@ -118,6 +119,17 @@ def settle(client: kv.Client, last_hash: bytes) -> None:
     _await(
         lambda: any(found.held.checksummed for found in client.explain(last_hash)),
         "checksum what was committed",
+    )
+
+
+def await_durable(client: kv.Client, last_hash: bytes) -> None:
+    """Wait until a chain is on NVMe, of which this is the last block.
+
+    Raises:
+        RuntimeError: that did not happen within two minutes.
+    """
+    _await(
+        lambda: any(pb.TIER_NVME in found.held.tiers for found in client.explain(last_hash)), "make the chain durable"
     )
 
 

@@ -18,7 +18,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -42,11 +42,10 @@ from benchmarks.gpu_engine import (
     tensors_of,
 )
 from benchmarks.lmcache_reference import peer as lmcache
-from benchmarks.measuring import Record, progress
+from benchmarks.measuring import Record, median, progress, publish
 from kvservice_adapters.positions import Rope, moved
 
 DROPPED_BLOCKS = 64
-REPETITIONS = 7
 _QUEUED = 16
 
 
@@ -83,11 +82,6 @@ def bound_of(name: str) -> Bound:
     if name.endswith(UNBOUND):
         return Bound()
     return next((bound for start, bound in BOUNDS.items() if name.startswith(start)), Bound())
-
-
-def median(repeat: Callable[[], float], repetitions: int = REPETITIONS) -> float:
-    repeat()
-    return statistics.median(repeat() for _ in range(repetitions))
 
 
 def transfers(engine: Engine, large: Large) -> Iterator[Record]:
@@ -330,13 +324,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measure the device plane.")
     parser.add_argument("--out", type=Path, default=Path("build/gpu.jsonl"), help="default: %(default)s")
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    records = []
-    with options.out.open("w", encoding="utf-8") as out:
-        for record in measure():
-            records.append(record)
-            for stream in (out, sys.stdout):
-                print(record.to_json(), file=stream, flush=True)
+    records = publish(measure(), options.out)
     progress(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     progress(f"{lmcache().source}\n")
     progress(table(records))

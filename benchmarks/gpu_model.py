@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LAYERS, HEADS, DIM, TOKENS = 32, 8, 128, 16
-LAYER_BYTES = 2 * HEADS * TOKENS * DIM * 2
-BLOCK_BYTES = LAYERS * LAYER_BYTES
+from benchmarks.gpu_engine import HEADS, LAYERS
+
 VOCABULARY = 128256
 
 

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.daemon import running_daemon
 from benchmarks.gpu_model import VOCABULARY, llama_8b
-from benchmarks.measuring import Record, progress
+from benchmarks.measuring import Record, progress, publish
 from kvservice_adapters.serving import Request, Result, ServingLoop
 from kvservice_adapters.transformers import TransformersAdapter
 from kvservice_adapters.truncation import TruncationPolicy
@@ -195,12 +195,8 @@ def main() -> int:
     parser.add_argument("--conversations", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("build/gpu_serving.jsonl"), help="default: %(default)s")
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     progress(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    with options.out.open("w", encoding="utf-8") as out:
-        for record in measure(options.conversations):
-            for stream in (out, sys.stdout):
-                print(record.to_json(), file=stream, flush=True)
+    publish(measure(options.conversations), options.out)
     return 0
 
 

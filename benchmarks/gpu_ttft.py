@@ -25,20 +25,18 @@ import torch
 from transformers import DynamicCache
 
 import kvservice_client as kv
-from benchmarks.daemon import await_memory, running_daemon
-from benchmarks.gpu_model import BLOCK_BYTES, TOKENS, VOCABULARY, llama_8b
-from benchmarks.measuring import Record, progress
+from benchmarks.daemon import await_durable, await_memory, running_daemon
+from benchmarks.gpu_engine import BLOCK_BYTES, GIB, TOKENS
+from benchmarks.gpu_model import VOCABULARY, llama_8b
+from benchmarks.measuring import Record, median, progress, publish
 from kvservice_adapters.transformers import AdapterOptions, PrefixCache, TrackedSequence, TransformersAdapter
 from kvservice_client.device.buffer import read_buffer_bytes
-from kvservice_proto.v1 import kvservice_pb2 as pb
 
-GIB = 1 << 30
 NEW_TOKENS, HISTORIES = 256, (8192, 32768)
 BUFFER_BYTES = 9 * GIB  # what is loaded ahead may take half of it
 NVME_HISTORY, NVME_CHAINS = 8192, 3  # read in turn; DRAM holds little more than one
 REPETITIONS = 5
 _PREFILL_TOKENS = 4096
-_DURABLE_TIMEOUT_S, _PAUSE_S = 60.0, 0.01
 
 
 class Engine:
@@ -104,11 +102,6 @@ def tokens_of(history_tokens: int, seed: int) -> torch.Tensor:
     return torch.tensor(
         [[numbers.randrange(VOCABULARY) for _ in range(history_tokens + NEW_TOKENS)]], device="cuda"
     )  # fmt: skip
-
-
-def median_s(turn: Callable[[], float], repetitions: int = REPETITIONS) -> float:
-    turn()
-    return statistics.median(turn() for _ in range(repetitions))
 
 
 def timed(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -178,12 +171,12 @@ class Turn:
 def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
     """One length of history, in DRAM."""
     turn = Turn(engine, history_tokens, seed=history_tokens)
-    hbm_s = median_s(lambda: turn.from_hbm()[0])
-    recomputed_s = median_s(turn.recomputed_s, 2)
+    hbm_s = median(lambda: turn.from_hbm()[0], REPETITIONS)
+    recomputed_s = median(turn.recomputed_s, 2)
     turn.in_hbm = None
-    layers_s = median_s(turn.loaded_s)
-    whole_s = median_s(lambda: turn.loaded_s(layer_wise=False))
-    load_s = median_s(turn.load_s)
+    layers_s = median(turn.loaded_s, REPETITIONS)
+    whole_s = median(lambda: turn.loaded_s(layer_wise=False), REPETITIONS)
+    load_s = median(turn.load_s, REPETITIONS)
     blocks = history_tokens // TOKENS
     early_bytes = read_buffer_bytes(
         bytes_per_s=blocks * BLOCK_BYTES / load_s,
@@ -196,7 +189,7 @@ def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
     yield Record.compared(f"ttft_ratio_hbm_{name}", layers_s * 1e3, "ms", hbm_s * 1e3)
     if early_bytes:
         early_s = early_bytes / (blocks * BLOCK_BYTES / load_s)
-        ahead_s = median_s(lambda: turn.loaded_s(early_s=early_s))
+        ahead_s = median(lambda: turn.loaded_s(early_s=early_s), REPETITIONS)
         yield Record.compared(f"ttft_ratio_hbm_early_{name}", ahead_s * 1e3, "ms", hbm_s * 1e3)
         yield Record.absolute(f"read_buffer_{name}", early_bytes, "bytes")
     yield Record.compared(f"ttft_ratio_recompute_{name}", layers_s * 1e3, "ms", recomputed_s * 1e3)
@@ -217,8 +210,8 @@ def measure_nvme(model: Any, directory: Path) -> Iterator[Record]:
         for seed in range(NVME_CHAINS):
             turns.append(Turn(engine, NVME_HISTORY, seed))
             turns[-1].in_hbm = None
-            _await_durable(client, engine.adapter.track(turns[-1].ids).chain.hashes[NVME_HISTORY // TOKENS - 1])
-        recomputed_s = median_s(turns[0].recomputed_s, 2)
+            await_durable(client, engine.adapter.track(turns[-1].ids).chain.hashes[NVME_HISTORY // TOKENS - 1])
+        recomputed_s = median(turns[0].recomputed_s, 2)
         times = [turns[number % NVME_CHAINS].loaded_s() for number in range(2 * NVME_CHAINS)]
         nvme_s = statistics.median(times[1:])
         name = f"{NVME_HISTORY // 1024}k"
@@ -226,14 +219,6 @@ def measure_nvme(model: Any, directory: Path) -> Iterator[Record]:
         yield Record.absolute(f"ttft_nvme_bytes_per_s_{name}", size_bytes / nvme_s / 1e9, "GB/s")
         client.close()
         engine.adapter.close()
-
-
-def _await_durable(client: kv.Client, block_hash: bytes) -> None:
-    ends_at_s = time.monotonic() + _DURABLE_TIMEOUT_S
-    while not any(pb.TIER_NVME in found.held.tiers for found in client.explain(block_hash)):
-        if time.monotonic() > ends_at_s:
-            raise RuntimeError(f"a block was not on NVMe within {_DURABLE_TIMEOUT_S:.0f} s")
-        time.sleep(_PAUSE_S)  # the contract has no event for this
 
 
 def results(model: Any) -> Iterator[Record]:
@@ -258,12 +243,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_ttft", description="Measure time to first token.")
     parser.add_argument("--out", type=Path, default=Path("build/gpu_ttft.jsonl"), help="default: %(default)s")
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     progress(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    with options.out.open("w", encoding="utf-8") as out:
-        for record in results(llama_8b()):
-            for stream in (out, sys.stdout):
-                print(record.to_json(), file=stream, flush=True)
+    publish(results(llama_8b()), options.out)
     return 0
 
 

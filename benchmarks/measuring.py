@@ -12,8 +12,9 @@ import mmap
 import random
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 REPETITIONS = 7
@@ -197,6 +198,24 @@ def require_same_bytes(expected_address: int, actual_address: int, size_bytes: i
     """
     if _LIBC.memcmp(expected_address, actual_address, size_bytes):
         raise WrongBytes(f"{what}: the {size_bytes} bytes that came back are not those that were stored")
+
+
+def median(turn: Callable[[], float], repetitions: int = REPETITIONS) -> float:
+    """The median of that many turns, after one that does not count."""
+    turn()
+    return statistics.median(turn() for _ in range(repetitions))
+
+
+def publish(records: Iterable[Record], path: Path) -> list[Record]:
+    """Print records as they come, one JSON line each, to stdout and into the file; all of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    published = []
+    with path.open("w", encoding="utf-8") as out:
+        for record in records:
+            for stream in (out, sys.stdout):
+                print(record.to_json(), file=stream, flush=True)
+            published.append(record)
+    return published
 
 
 def _rounded(number: float) -> float:

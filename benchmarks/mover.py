@@ -13,7 +13,7 @@ from time import sleep
 
 import kvservice_client as kv
 from benchmarks.batches import fresh_hashes
-from benchmarks.daemon import Daemon, attach, await_memory
+from benchmarks.daemon import Daemon, attach, await_durable, await_memory
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _CHAINS = 2
@@ -33,8 +33,7 @@ class Moving:
         for _ in range(_CHAINS):
             chain = fresh_hashes(self._blocks)
             self._reservation(chain).commit()
-            while pb.TIER_NVME not in self._client.explain(chain[-1])[0].held.tiers:
-                sleep(_PAUSE_S)
+            await_durable(self._client, chain[-1])
             self._chains.append(chain)
 
     def _read(self, chain: Sequence[bytes]) -> None:

@@ -18,11 +18,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, perf_counter, sleep
+from time import perf_counter, sleep
 
 import kvservice_client as kv
 from benchmarks.batches import fresh_hashes
-from benchmarks.daemon import attach, await_memory, running_daemon
+from benchmarks.daemon import attach, await_durable, await_memory, running_daemon
 from benchmarks.measuring import PAGE_SIZE_BYTES, FreshContents, Record, require_same_bytes, take_turns
 from benchmarks.raw_disk import Place, RawDisk, opened
 from benchmarks.settings import Settings
@@ -32,8 +32,6 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 _CHAINS = 3
 """Read in turn; DRAM holds little more than one, so that each is on NVMe only when its turn comes."""
 _SEGMENT_BYTES = 256 << 20
-_DURABLE_TIMEOUT_S = 60.0
-_PAUSE_S = 0.002
 _QUIET_SHARE = 0.7
 _GET_TIMEOUT_S = 60.0
 
@@ -155,7 +153,7 @@ class Moves:
             reservation.commit()
             # Nobody asks most of the time: what asking costs the daemon is not part of writing.
             sleep(_QUIET_SHARE * self._last_s)
-            self._await_durable(hashes[-1])
+            await_durable(self._client, hashes[-1])
             self._last_s = perf_counter() - started_s
             return self._last_s
 
@@ -199,10 +197,3 @@ class Moves:
         """As many slots of the daemon's arena as a chain has blocks, to scribble on."""
         with self._client.put(fresh_hashes(self.blocks)) as reservation:
             yield [view.memory for _, view in reservation.reserved]
-
-    def _await_durable(self, last_hash: bytes) -> None:
-        deadline_s = monotonic() + _DURABLE_TIMEOUT_S
-        while pb.TIER_NVME not in self._client.explain(last_hash)[0].held.tiers:
-            if monotonic() > deadline_s:
-                raise RuntimeError(f"the chain was not durable within {_DURABLE_TIMEOUT_S:.0f} s")
-            sleep(_PAUSE_S)
