@@ -6,8 +6,6 @@ Commands come as JSON lines, answers go back the same way; everything else the p
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 import time
 from typing import Any
 
@@ -19,6 +17,7 @@ from kvservice_adapters.gpu.kernels import BlockMover, KeyRows
 from kvservice_adapters.positions import Rope, moved
 from kvservice_client.device import DeviceCache
 from tests.blocks import chain, namespace
+from tests.gpu.engine import serve
 
 DIM = 128
 ROPE = Rope(tuple(10_000 ** (-pair / 64) for pair in range(64)))
@@ -161,16 +160,5 @@ class Engine:
         self.client.close()
 
 
-def main() -> None:
-    engine = Engine()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer: dict[str, Any] = {"answer": getattr(engine, request.pop("command"))(**request)}
-        except Exception as error:  # noqa: BLE001  # the test shows it
-            answer = {"error": type(error).__name__, "message": str(error)}
-        print(json.dumps(answer), flush=True)  # noqa: T201  # the answer
-
-
 if __name__ == "__main__":
-    main()
+    serve(Engine())

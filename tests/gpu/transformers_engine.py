@@ -7,10 +7,8 @@ dtype tokens and bytes must be equal. Commands come as JSON lines, answers go ba
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +29,7 @@ from kvservice_adapters.transformers import (
 )
 from kvservice_adapters.truncation import TruncationPolicy
 from tests.adapters.clients import PassingClient
+from tests.gpu.engine import serve
 
 TIMEOUT_S = 30.0
 
@@ -183,16 +182,5 @@ class Engine:
         return tokens
 
 
-def main() -> None:
-    engine = Engine()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer: dict[str, Any] = {"answer": getattr(engine, request.pop("command"))(**request)}
-        except Exception as error:  # noqa: BLE001  # the test shows it
-            answer = {"error": type(error).__name__, "message": str(error)}
-        print(json.dumps(answer), flush=True)  # noqa: T201  # the answer
-
-
 if __name__ == "__main__":
-    main()
+    serve(Engine())
