@@ -4,20 +4,24 @@
 
 256 new tokens after a history, through the transformers adapter: all recomputed; with the history's KV in HBM already;
 loaded layer by layer while the new tokens are computed; loaded as a whole first; where the bus takes longer than the
-prefill, with the load begun S_buf early (the paper's formula); and with the history on NVMe only. Tokens are hashed
-before the clock starts, as an engine does when a request arrives. The logits of a load are compared, bit by bit, with
-those of the KV that was in HBM. Needs torch with CUDA, triton, transformers, 60 GiB of GPU and 16 of host memory.
+prefill, with the load begun S_buf early (the paper's formula); and with the history on NVMe only. Then the turn with
+which a conversation outgrows its window: the older half of its history is dropped, the rest is named anew, loaded and
+turned, or recomputed. Tokens are hashed before the clock starts, as an engine does when a request arrives. The logits
+of a load are compared, bit by bit, with those of the KV that was in HBM, and what was turned is compared with the same
+KV moved by torch. Needs torch with CUDA, triton, transformers, 60 GiB of GPU and 16 of host memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +29,24 @@ import torch
 from transformers import DynamicCache
 
 import kvservice_client as kv
-from benchmarks.daemon import await_durable, await_memory, running_daemon
+from benchmarks.daemon import Daemon, await_durable, await_memory, running_daemon
 from benchmarks.gpu_engine import BLOCK_BYTES, GIB, TOKENS
 from benchmarks.gpu_model import VOCABULARY, llama_8b
 from benchmarks.measuring import Record, median, progress, publish
-from kvservice_adapters.transformers import AdapterOptions, PrefixCache, TrackedSequence, TransformersAdapter
+from kvservice_adapters.positions import moved
+from kvservice_adapters.transformers import (
+    AdapterOptions,
+    KVRows,
+    PrefixCache,
+    TrackedSequence,
+    TransformersAdapter,
+    positions_of,
+)
+from kvservice_adapters.truncation import FittedPrompt, TruncationPolicy
 from kvservice_client.device.buffer import read_buffer_bytes
 
 NEW_TOKENS, HISTORIES = 256, (8192, 32768)
+WINDOWS = HISTORIES  # that a history fills to the last token: the next turn overflows
 BUFFER_BYTES = 9 * GIB  # what is loaded ahead may take half of it
 NVME_HISTORY, NVME_CHAINS = 8192, 3  # read in turn; DRAM holds little more than one
 REPETITIONS = 5
@@ -42,12 +56,14 @@ _PREFILL_TOKENS = 4096
 class Engine:
     """A model and its adapter."""
 
-    def __init__(self, model: Any, socket_dir: str) -> None:
+    def __init__(self, model: Any, socket_dir: str, *, truncation: TruncationPolicy | None = None) -> None:
         self.model = model
         options = AdapterOptions(
             recompute_if_faster=False, load_deadline_s=30.0, save_deadline_s=60.0, hbm_buffer_size_bytes=BUFFER_BYTES
         )
-        self.adapter = TransformersAdapter(model, socket_dir, weights_identity="random", options=options)
+        self.adapter = TransformersAdapter(
+            model, socket_dir, weights_identity="random", options=options, truncation=truncation
+        )
         self.adapter.prepare(tokens=max(HISTORIES))
 
     def compute(self, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -63,7 +79,15 @@ class Engine:
             self.compute(tokens[:, start : start + _PREFILL_TOKENS], cache)
         return cache
 
-    def saved_history(self, tokens: torch.Tensor) -> DynamicCache:
+    def recomputed_s(self, old: torch.Tensor, new: torch.Tensor) -> float:
+        """Seconds until the first token where nothing is held."""
+
+        def work() -> torch.Tensor:
+            return self.compute(new, self.history(old, DynamicCache(config=self.model.config)))
+
+        return timed(work)[0]
+
+    def saved_history(self, tokens: torch.Tensor) -> PrefixCache:
         """Computed, and held by the service."""
         cache = self.adapter.load(tokens[:, :_PREFILL_TOKENS])
         assert cache.reused_tokens == 0, "held already"
@@ -94,6 +118,21 @@ class Engine:
             load.finish()
         cache.expect(load)
         return cache
+
+    def resumed(
+        self, sequence: TrackedSequence, new: torch.Tensor, *, reused_tokens: int, layer_wise: bool = True
+    ) -> tuple[float, torch.Tensor]:
+        """Seconds until the first token where everything but `new` is held, and its logits."""
+
+        def work() -> torch.Tensor:
+            cache = self.begin(sequence, layer_wise=layer_wise)
+            assert cache.reused_tokens == reused_tokens, cache.reused_tokens
+            return self.compute(new, cache)
+
+        failed = self.adapter.stats().failed_loads
+        seconds, logits = timed(work)
+        assert self.adapter.stats().failed_loads == failed, "a load failed, and was recomputed"
+        return seconds, logits
 
 
 def tokens_of(history_tokens: int, seed: int) -> torch.Tensor:
@@ -131,11 +170,7 @@ class Turn:
         return timed(lambda: self.engine.compute(self.new, self.engine.copy_of(history)))
 
     def recomputed_s(self) -> float:
-        def work() -> torch.Tensor:
-            cache = self.engine.history(self.old, DynamicCache(config=self.engine.model.config))
-            return self.engine.compute(self.new, cache)
-
-        return timed(work)[0]
+        return self.engine.recomputed_s(self.old, self.new)
 
     def loaded_s(self, *, layer_wise: bool = True, early_s: float = 0.0) -> float:
         sequence = self.engine.adapter.track(self.ids)
@@ -146,14 +181,9 @@ class Turn:
             while time.perf_counter() - began_s < early_s:
                 pass
 
-        def work() -> torch.Tensor:
-            cache = self.engine.begin(sequence, layer_wise=layer_wise)
-            assert cache.reused_tokens == self.history_tokens, cache.reused_tokens
-            return self.engine.compute(self.new, cache)
-
-        failed = self.engine.adapter.stats().failed_loads
-        seconds, logits = timed(work)
-        assert self.engine.adapter.stats().failed_loads == failed, "a load failed, and was recomputed"
+        seconds, logits = self.engine.resumed(
+            sequence, self.new, reused_tokens=self.history_tokens, layer_wise=layer_wise
+        )
         assert torch.equal(logits, self.expected), "a load gave other logits than the KV that was in HBM"
         return seconds
 
@@ -166,6 +196,55 @@ class Turn:
         torch.cuda.synchronize()
         assert cache.reused_tokens == self.history_tokens
         return time.perf_counter() - started_s
+
+
+class Overflow:
+    """The turn with which a conversation outgrows its window, which its history fills."""
+
+    def __init__(self, engine: Engine, window_tokens: int) -> None:
+        self.engine = engine
+        tokens = tokens_of(window_tokens, seed=window_tokens + 1)
+        self.ids = tokens[0].tolist()
+        self.sessions = itertools.count()
+        history = engine.saved_history(tokens[:, :window_tokens])
+        dropped = self.fitted().dropped_tokens
+        self.kept_tokens = window_tokens - dropped
+        self.old, self.new = tokens[:, dropped:window_tokens], tokens[:, window_tokens:]
+        loaded = engine.begin(self.track())
+        self.check_moved(loaded.rows(), history.rows(), dropped)
+        self.expected = engine.compute(self.new, engine.copy_of(loaded))
+
+    def fitted(self) -> FittedPrompt:
+        """The prompt of a session in which nothing was truncated before: what is kept has no names there yet."""
+        session_id = f"overflow {next(self.sessions)}"
+        return self.engine.adapter.fit(self.ids, session_id=session_id, max_new_tokens=1)
+
+    def track(self) -> TrackedSequence:
+        return self.engine.adapter.track(self.fitted())
+
+    def check_moved(self, found: KVRows, saved: KVRows, dropped: int) -> None:
+        """Values are the saved ones bit by bit, keys are turned as torch turns them."""
+        rope = positions_of(self.engine.model)
+        now_at = torch.arange(self.kept_tokens, device=found[0][0].device)
+        for (keys, values), (saved_keys, saved_values) in zip(found, saved, strict=True):
+            assert torch.equal(values, saved_values[:, dropped:]), "wrong values"
+            expected = moved(saved_keys[:, dropped:], rope, computed_at=now_at + dropped, now_at=now_at).float()
+            # Both compute in float32 and round once to bfloat16: they may differ by one of its steps, and where a sum
+            # cancels by what float32 rounded. A key that is one position off differs by up to its own size.
+            allowed = expected.abs() * 2**-7 + expected.abs().max() * 2**-20
+            difference = (keys.float() - expected).abs()
+            assert bool((difference <= allowed).all()), f"keys differ by {difference.max()}"
+
+    def recomputed_s(self) -> float:
+        return self.engine.recomputed_s(self.old, self.new)
+
+    def loaded_s(self) -> float:
+        shifted = self.engine.adapter.stats().shifted_blocks
+        seconds, logits = self.engine.resumed(self.track(), self.new, reused_tokens=self.kept_tokens)
+        shifted = self.engine.adapter.stats().shifted_blocks - shifted
+        assert shifted == self.kept_tokens // TOKENS, f"{shifted} blocks were shifted"
+        assert torch.equal(logits, self.expected), "a load gave other logits than the one that was checked"
+        return seconds
 
 
 def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
@@ -197,6 +276,15 @@ def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
     yield Record.absolute(f"load_alone_{name}", load_s * 1e3, "ms")
 
 
+def measure_overflow(engine: Engine, window_tokens: int) -> Iterator[Record]:
+    """One length of window, in DRAM; what names the kept blocks anew is part of the turn."""
+    turn = Overflow(engine, window_tokens)
+    recomputed_s = median(turn.recomputed_s, 2)
+    loaded_s = median(turn.loaded_s, REPETITIONS)
+    name = f"ttft_overflow_ratio_recompute_{window_tokens // 1024}k"
+    yield Record.compared(name, loaded_s * 1e3, "ms", recomputed_s * 1e3)
+
+
 def measure_nvme(model: Any, directory: Path) -> Iterator[Record]:
     """One length of history, on NVMe only; a directory that is not a disk gives its own figure."""
     size_bytes = NVME_HISTORY // TOKENS * BLOCK_BYTES
@@ -221,17 +309,28 @@ def measure_nvme(model: Any, directory: Path) -> Iterator[Record]:
         engine.adapter.close()
 
 
+@contextmanager
+def granted(engine: Engine, daemon: Daemon) -> Iterator[Engine]:
+    """An engine whose memory in the daemon is there before anything is timed; at the end nothing of it is left."""
+    with (
+        engine.adapter as adapter,
+        kv.attach(adapter.served.namespace, socket_dir=daemon.socket_dir, instance_name="watcher") as client,
+    ):
+        await_memory(client, 7 * GIB)
+        yield engine
+        client.forget_namespace()
+
+
 def results(model: Any) -> Iterator[Record]:
     """Everything. Blocks for two minutes."""
     with running_daemon(dram_bytes=8 * GIB, dram_segment_bytes=GIB) as daemon:
-        engine = Engine(model, daemon.socket_dir)
-        with kv.attach(
-            engine.adapter.served.namespace, socket_dir=daemon.socket_dir, instance_name="watcher"
-        ) as client:
-            await_memory(client, 7 * GIB)
-        for history_tokens in HISTORIES:
-            yield from measure(engine, history_tokens)
-        engine.adapter.close()
+        with granted(Engine(model, daemon.socket_dir), daemon) as engine:
+            for history_tokens in HISTORIES:
+                yield from measure(engine, history_tokens)
+        for window_tokens in WINDOWS:
+            truncating = Engine(model, daemon.socket_dir, truncation=TruncationPolicy(window_tokens))
+            with granted(truncating, daemon) as engine:
+                yield from measure_overflow(engine, window_tokens)
     build = Path("build")
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="nvme-", dir=build) as directory:
