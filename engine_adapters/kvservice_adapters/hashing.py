@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 HASH_SIZE_BYTES = 32
+_TOKEN_SIZE_BYTES = 4
 
 # What a fingerprint may be made of: everything that JSON writes in one way only.
 _CANONICAL_SCALARS = (str, int, float, bool, type(None))
@@ -81,10 +82,10 @@ class BlockChain:
         if tokens_per_block < 1:
             raise ValueError(f"tokens_per_block is {tokens_per_block}, not at least 1")
         self._fingerprint = fingerprint
-        self._encode_block = struct.Struct(f"<{tokens_per_block}I").pack
-        self._tokens_per_block = tokens_per_block
+        self._block_bytes = tokens_per_block * _TOKEN_SIZE_BYTES
         self._tokens: list[int] = []
         self._hashes: list[bytes] = []
+        self._unhashed = b""  # tokens of the unfinished block, as they are hashed
         self.extend(tokens)
 
     @property
@@ -104,11 +105,15 @@ class BlockChain:
             ValueError: A token id is negative or does not fit into 32 bits; the chain is unchanged.
         """
         added = list(tokens)
-        if not all(0 <= token < 1 << 32 for token in added):
-            raise ValueError("token ids are whole numbers from 0 to 2**32 - 1")
+        try:
+            packed = self._unhashed + struct.pack(f"<{len(added)}I", *added)
+        except struct.error:
+            raise ValueError("token ids are whole numbers from 0 to 2**32 - 1") from None
         self._tokens.extend(added)
-        size = self._tokens_per_block
+        size = self._block_bytes
         parent = self._hashes[-1] if self._hashes else self._fingerprint
-        for start in range(len(self._hashes) * size, len(self._tokens) - size + 1, size):
-            parent = hashlib.sha256(parent + self._encode_block(*self._tokens[start : start + size])).digest()
+        end = len(packed) // size * size
+        for start in range(0, end, size):
+            parent = hashlib.sha256(parent + packed[start : start + size]).digest()
             self._hashes.append(parent)
+        self._unhashed = packed[end:]

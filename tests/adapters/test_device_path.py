@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -110,9 +111,10 @@ class CopyingMover:
     def prepare(self, rope: Rope | None) -> None:
         """Nothing is compiled."""
 
-    def at(self, addresses: Sequence[int]) -> CopyingMover:
+    def at(self, addresses: np.ndarray) -> CopyingMover:
         made = copy(self)
-        made._parts = [replace(part, address=address) for part, address in zip(self._parts, addresses, strict=True)]
+        places = zip(self._parts, addresses.tolist(), strict=True)
+        made._parts = [replace(part, address=address) for part, address in places]
         return made
 
     def scatter(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -86,9 +87,9 @@ def check_copy(cache: Cache, ids: list[int], device: torch.device, *, run_start:
     memory = before.to(device)
     elsewhere = torch.empty_like(memory)  # poisoned by nobody: what is written there is missing here
     made = BlockMover(cache.placed(elsewhere), dtype=torch.bfloat16, device=device)
-    mover = made.at([part.address for part in cache.placed(memory)])
+    mover = made.at(np.array([part.address for part in cache.placed(memory)]))
     with pytest.raises(ValueError, match="addresses for"):
-        made.at([0] * (len(cache.parts) + 1))
+        made.at(np.zeros(len(cache.parts) + 1, dtype=np.int64))
     assert mover.block_size_bytes == sum(part.size_bytes for part in cache.parts)
     block_ids = torch.tensor(ids, dtype=torch.int32, device=device)
     ends = range(mover.layers + 1)

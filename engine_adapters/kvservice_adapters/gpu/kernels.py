@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from itertools import accumulate, product
 from math import gcd
-from operator import or_
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -214,21 +214,21 @@ class BlockMover:
         self._keys = frozenset(of_part.values())
         self._groups, table = grouped(parts, of_part, layers=self.layers)
         place_of = {offset: at for at, offset in enumerate(accumulate((part.size_bytes for part in parts), initial=0))}
-        self._places = [place_of[row[2]] for row in table]
+        self._places = np.array([place_of[row[2]] for row in table])
         self._rows = torch.tensor(table, dtype=torch.int64)
         self._spacing_bytes = gcd(
             _WORD_BYTES_MAX, self.block_size_bytes, *(number for row in table for number in row[1:3])
         )
         self._device = device
-        self._put([part.address for part in parts])
+        self._put(np.array([part.address for part in parts], dtype=np.int64))
 
-    def at(self, addresses: Sequence[int]) -> BlockMover:
+    def at(self, addresses: np.ndarray) -> BlockMover:
         """A mover of the same parts elsewhere: for an engine whose every sequence has a cache of its own.
 
         Takes a small part of the time that a new one takes.
 
         Args:
-            addresses: where each part of block 0 is now.
+            addresses: where each part of block 0 is now, int64 [parts].
 
         Raises:
             ValueError: another number of addresses, or keys that are not aligned there.
@@ -237,14 +237,15 @@ class BlockMover:
         made._put(addresses)  # noqa: SLF001  # of this class
         return made
 
-    def _put(self, addresses: Sequence[int]) -> None:
+    def _put(self, addresses: np.ndarray) -> None:
         if len(addresses) != len(self._places):
             raise ValueError(f"{len(addresses)} addresses for {len(self._places)} parts")
-        self._word_bytes = gcd(self._spacing_bytes, reduce(or_, addresses))  # the largest power of two that divides all
+        # The largest power of two that divides all.
+        self._word_bytes = gcd(self._spacing_bytes, int(np.bitwise_or.reduce(addresses)))
         if self._keys and self._word_bytes < self._dtype.itemsize:
             raise ValueError(f"parts are aligned to {self._word_bytes} bytes, keys have {self._dtype.itemsize}")
         rows = self._rows.clone()
-        rows[:, 0] = torch.tensor([addresses[place] for place in self._places])
+        rows[:, 0] = torch.from_numpy(addresses[self._places])
         self._table = uploaded(rows.flatten(), torch.int64, self._device)
         self._device = self._table.device  # with its number
         is_cuda = self._device.type == "cuda"

@@ -29,10 +29,23 @@ from kvservice_cuda.driver import Context, stream_handle
 
 _log = logging.getLogger(__name__)
 
-_SCATTER_BYTES_MIN = 64 << 20
-"""A scatter of so much at least, where there is so much: 1.2 ms of the bus, against which a launch is nothing."""
+_SCATTER_BYTES_MIN, _SCATTER_BYTES_MAX = 64 << 20, 128 << 20
+"""A scatter of so much at least, where there is so much: 1.2 ms of the bus. Several layers only up to so much: where
+the bus is the limit, a layer that waits for another one is computed later."""
 _LANDING_BYTES_MIN = 256 << 20
 """The same where no layer is waited for by itself: what is scattered behind the last byte takes 0.1 ms."""
+
+
+def worth_bytes(done_bytes: int, left_bytes: int) -> int:
+    """How much to scatter at once, of a load that a stream waits for layer by layer.
+
+    Little at first, so that the stream can begin; then as much as came before, for each launch keeps the engine's
+    thread from its own; and less again, so that little is left to compute when the last byte is there.
+
+    Args:
+        done_bytes, left_bytes: of the load, scattered and not.
+    """
+    return min(max(min(done_bytes, left_bytes // 2), _SCATTER_BYTES_MIN), _SCATTER_BYTES_MAX)
 
 
 class Mover(Protocol):
@@ -190,7 +203,8 @@ class Piece:
             if self._landing is not None and end_layer > self._landing_layer:
                 self._on(stream, self._landing.hold_up)
             elif end_layer > self._next_layer and not self.is_done:
-                self._scatter(self._group_end(end_layer, _SCATTER_BYTES_MIN), stream)
+                done, left = self._layer_bytes[: self._next_layer], self._layer_bytes[self._next_layer :]
+                self._scatter(self._group_end(end_layer, worth_bytes(sum(done), sum(left))), stream)
 
     def land(self, timeout_s: float, stream: int) -> Reason:
         """Scatter on that stream what was not scattered yet, as it comes, and wait for all of it. Blocks.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 import kvservice_client
@@ -31,12 +32,13 @@ class PreparedMover(Mover, Protocol):
         """Compile what its calls need, and turns by this rope. Blocks."""
         ...
 
-    def at(self, addresses: Sequence[int]) -> PreparedMover:
-        """The same for parts at these addresses."""
+    def at(self, addresses: np.ndarray) -> PreparedMover:
+        """The same for parts at these addresses, int64 [parts]."""
         ...
 
 
 Geometry: TypeAlias = tuple[tuple[int, int], ...]
+"""Where each layer's keys and values start, and from head to head in elements."""
 
 
 def made_for(client: kvservice_client.Client, served: ServedModel, *, rope: Rope | None, size_bytes: int) -> DevicePath:
@@ -138,7 +140,7 @@ class DevicePath:
         """Compile the kernels, for caches that are aligned as torch aligns its memory."""
         shape = (self._layout.kv_heads, self._layout.tokens_per_block, self._layout.head_dim)
         rows = torch.empty(shape, dtype=self._layout.dtype, device=self._device)
-        self._made_for([(rows, rows)] * self._layout.layers).prepare(self._rope)
+        self._made_for(((rows.data_ptr(), rows.stride(0)),) * (2 * self._layout.layers)).prepare(self._rope)
 
     def close(self) -> None:
         """Wait until nothing touches the buffer, and give it back."""
@@ -156,42 +158,37 @@ class DevicePath:
         """Raises ValueError: the cache is not what the layout says, or shorter: nothing checks that on the GPU."""
         heads, tokens, head_dim = self._layout.block_shape[2:]
         parts = [part for pair in rows for part in pair]
-        for part in parts:
-            is_shape = (part.shape[0], part.shape[2]) == (heads, head_dim) and part.shape[1] >= end_block * tokens
-            if part.dtype != self._layout.dtype or not is_shape or part.stride()[1:] != (head_dim, 1):
+        for dtype, shape, strides in {(part.dtype, part.shape, part.stride()) for part in parts}:
+            is_shape = (shape[0], shape[2]) == (heads, head_dim) and shape[1] >= end_block * tokens
+            if dtype != self._layout.dtype or not is_shape or strides[1:] != (head_dim, 1):
                 raise ValueError(
-                    f"the cache row is {part.dtype} {list(part.shape)} of strides {part.stride()}; needed: "
+                    f"the cache row is {dtype} {list(shape)} of strides {strides}; needed: "
                     f"{self._layout.dtype} [{heads}, at least {end_block * tokens}, {head_dim}], a head's contiguous"
                 )
         if len(rows) != self._layout.layers:
             raise ValueError(f"the cache has {len(rows)} layers, not {self._layout.layers}")
-        geometry = tuple((part.data_ptr(), part.stride(0)) for part in parts)
-        mover = self._movers.pop(geometry, None) or self._made_for(rows)
-        self._movers[geometry] = mover
+        heads_of = tuple((part.data_ptr(), part.stride(0)) for part in parts)
+        mover = self._movers.pop(heads_of, None) or self._made_for(heads_of)
+        self._movers[heads_of] = mover
         if len(self._movers) > _MOVERS_MAX:
             self._movers.popitem(last=False)
         return mover
 
-    def _made_for(self, rows: KVRows) -> PreparedMover:
+    def _made_for(self, heads_of: Geometry) -> PreparedMover:
         """Of one sequence's cache: a part is a block's tokens of one head's keys or values."""
-        heads, item_bytes = self._layout.kv_heads, self._layout.dtype.itemsize
-        addresses = [
-            start + head * step
-            for pair in rows
-            for start, step in ((row.data_ptr(), row.stride(0) * item_bytes) for row in pair)
-            for head in range(heads)
-        ]
+        starts, steps = np.array(heads_of, dtype=np.int64).T[:, :, None]
+        addresses = (starts + steps * self._layout.dtype.itemsize * np.arange(self._layout.kv_heads)).ravel()
         if self._first_mover is None:
             self._first_mover = self._first_made(addresses)
             return self._first_mover
         return self._first_mover.at(addresses)
 
-    def _first_made(self, addresses: Sequence[int]) -> PreparedMover:
+    def _first_made(self, addresses: np.ndarray) -> PreparedMover:
         heads, tokens, head_dim = self._layout.block_shape[2:]
         size_bytes = tokens * head_dim * self._layout.dtype.itemsize
         parts = [
             CachePart(address, size_bytes, size_bytes, number // (2 * heads))
-            for number, address in enumerate(addresses)
+            for number, address in enumerate(addresses.tolist())
         ]
         keys = KeyRows(head_dim, head_dim, key_rows=tokens, tokens=tokens, group_rows=tokens, row_divisor=1)
         key_parts = [number for number in range(len(parts)) if number // heads % 2 == 0]

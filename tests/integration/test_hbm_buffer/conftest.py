@@ -124,3 +124,4 @@ def engine(make_engine: MakeEngine) -> Engine:
 def every_layer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer is so small that the next is scattered with it."""
     monkeypatch.setattr(loads, "_SCATTER_BYTES_MIN", 1)
+    monkeypatch.setattr(loads, "_SCATTER_BYTES_MAX", 1)

@@ -103,11 +103,25 @@ def test_small_layers_are_scattered_together_and_none_later_than_it_is_asked_for
     launched: list[tuple[int, int]],
 ) -> None:
     monkeypatch.setattr(loads, "_SCATTER_BYTES_MIN", layers_worth_it * (KEYS + VALUES) * 5)
+    monkeypatch.setattr(loads, "_SCATTER_BYTES_MAX", layers_worth_it * (KEYS + VALUES) * 5)
     engine.save(chain("a", 5), SOURCES)
     load = engine.buffer.load(chain("a", 5), engine.mover, PLACES)
     for layer in asked:
         load.wait_layer(layer, engine.stream)
     assert [launch[1:] for launch in engine.mover.launches] == launched
+
+
+def test_scatters_are_small_at_both_ends_and_few_between() -> None:
+    mib = 1 << 20
+    layers, groups = [32 * mib] * 32, []
+    while layers:
+        worth = loads.worth_bytes(32 * mib * (32 - len(layers)), sum(layers))
+        groups.append(worth // (32 * mib))
+        del layers[: groups[-1]]
+    assert groups == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]
+    # Where a layer is more than what is worth it, it is one layer each time.
+    assert {loads.worth_bytes(done * mib, left * mib) for done, left in ((0, 4096), (4096, 0))} == {64 * mib}
+    assert loads.worth_bytes(2048 * mib, 2048 * mib) == 128 * mib
 
 
 @pytest.mark.usefixtures("every_layer_alone")
