@@ -4,9 +4,10 @@
 
 The serving loop for transformers models (arrival queue, batched decode) gets the same conversations twice: once it
 computes every prompt whole, once it has the service. Conversations begin as a Poisson process; a conversation has as
-many turns as the paper's mean (5.75, geometric), and its next turn comes a think time after its last answer. Turns have
-lognormal lengths, answers a fixed one; what outgrows the window is cut by half, in both runs alike. Think times are
-shorter than people's, so that the run is: what matters to the service is how much arrives meanwhile.
+many turns as the paper's mean (5.75, geometric; 16 at most, so that no run waits for one user), and its next turn comes
+a think time after its last answer. Turns have lognormal lengths, answers a fixed one; what outgrows the window is cut
+by half, in both runs alike. Think times are shorter than people's, so that the run is: what matters to the service is
+how much arrives meanwhile.
 
 TTFT is from arrival to the first token, waiting included; prefill throughput is prompt tokens over the seconds from
 leaving the queue to the first token; GPU time is what the steps of the loop took, idle waiting left out. Needs torch
@@ -38,9 +39,9 @@ from kvservice_adapters.truncation import TruncationPolicy
 
 GIB = 1 << 30
 WINDOW_TOKENS, ROWS = 8192, 8
-TURNS_MEAN = 5.75
+TURNS_MEAN, TURNS_MAX = 5.75, 16
 TURN_TOKENS_MEDIAN, TURN_TOKENS_SIGMA, ANSWER_TOKENS = 600, 0.7, 24
-ARRIVALS_PER_S, THINK_S_MEAN = 1.0, 4.0
+ARRIVALS_PER_S, THINK_S_MEAN = 1.0, 1.0
 _PAUSE_S = 0.0005
 
 
@@ -74,7 +75,7 @@ def conversations(count: int) -> list[Conversation]:
     for number in range(count):
         begins_at_s += numbers.expovariate(ARRIVALS_PER_S)
         turns = 1
-        while numbers.random() > 1 / TURNS_MEAN:
+        while turns < TURNS_MAX and numbers.random() > 1 / TURNS_MEAN:
             turns += 1
         lengths = [
             min(WINDOW_TOKENS // 4, max(16, round(TURN_TOKENS_MEDIAN * numbers.lognormvariate(0.0, TURN_TOKENS_SIGMA))))
@@ -144,7 +145,7 @@ def served(loop: ServingLoop, users: list[Conversation], title: str) -> Run:
 
 
 def measure(count: int) -> Iterator[Record]:
-    """Both runs. Takes two to three minutes."""
+    """Both runs. Takes two minutes."""
     model = llama_8b()
     truncation = TruncationPolicy(window_tokens=WINDOW_TOKENS)
     loop = ServingLoop(model, rows=ROWS, window_tokens=WINDOW_TOKENS, truncation=truncation)
@@ -192,7 +193,7 @@ def _compared(without: Run, with_service: Run) -> Iterator[Record]:
 def main() -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_serving", description="Serve conversations.")
-    parser.add_argument("--conversations", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--conversations", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("build/gpu_serving.jsonl"), help="default: %(default)s")
     options = parser.parse_args()
     progress(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
