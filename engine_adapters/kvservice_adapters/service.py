@@ -1,7 +1,7 @@
 """service: the part of the client library that an adapter calls, as a protocol.
 
-`kvservice_client.attach` returns one. An engine may put its own object in front of it,
-to count, to delay or, in the demo's control run, to corrupt what was loaded.
+`kvservice_client.attach` returns one. An engine may put its own object in front of it, to count or to delay; blocks
+then travel through host memory, also on a GPU.
 """
 
 from collections.abc import Collection, Sequence

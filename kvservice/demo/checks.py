@@ -22,6 +22,7 @@ class Row:
     conversation: int  # from 1
     turn: int  # from 1
     engine: str
+    plane: str  # on which blocks travelled between the engine and the daemon
     history_tokens: int
     dropped_tokens: int
     new_tokens: int
@@ -86,6 +87,7 @@ def compare(
     conversation: int,
     turn: int,
     engine: str,
+    plane: str,
     history_tokens: int,
     history_reproduced: bool,
     from_nvme: bool,
@@ -128,6 +130,7 @@ def compare(
         conversation=conversation + 1,
         turn=turn + 1,
         engine=engine,
+        plane=plane,
         history_tokens=history_tokens,
         dropped_tokens=resumed.dropped_tokens,
         new_tokens=new_tokens,

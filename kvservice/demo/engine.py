@@ -38,104 +38,65 @@ from kvservice.demo.protocol import (
     encode_logits,
 )
 from kvservice.demo.user_turns import make_turns
-from kvservice_adapters.service import KVClient
 from kvservice_adapters.serving import Request, Result, ServingLoop
-from kvservice_adapters.transformers import AdapterOptions, DrainOutcome, ServedModel, TransformersAdapter, serve_model
+from kvservice_adapters.transformers import (
+    AdapterOptions,
+    DrainOutcome,
+    KVRows,
+    PrefixLoad,
+    TrackedSequence,
+    TransformersAdapter,
+    serve_model,
+)
+from kvservice_adapters.transformers.paths import RowsFor
 from kvservice_adapters.truncation import TruncationPolicy
 
 TOKENS_PER_BLOCK = 16
 
 
-class FaultyClient:
-    """A client in front of the real one: it notes where blocks were, and can harm what passes (control, sabotage)."""
+class WatchedAdapter(TransformersAdapter):
+    """An adapter that notes where blocks were, and can harm what it loads (control, sabotage)."""
 
-    def __init__(self, client: KVClient, served: ServedModel, sabotage: str) -> None:
-        self._client = client
-        self._served = served
-        self._sabotage = sabotage
+    def __init__(self, *arguments: Any, sabotage: str, **more: Any) -> None:
+        """`sabotage`: "lose-blocks", "corrupt-blocks" or ""; all else is the adapter's."""
+        super().__init__(*arguments, **more)
         self.control_armed = False
-        self._dram_blocks = 0  # of the latest lookup
+        self._sabotage = sabotage
         self._origins: dict[str, tuple[int, int]] = {}
 
-    @property
-    def attached(self) -> bool:
-        """False while the control makes the engine compute nonsense: the adapter then saves nothing of it."""
-        return self._client.attached and not self.control_armed
-
-    def plan_load(self, hashes: Sequence[bytes], *, prefill_tokens_per_s: float = 0.0) -> kvservice_client.LoadPlan:
-        """As the service says, or nothing where blocks are to be lost."""
-        plan = self._client.plan_load(hashes, prefill_tokens_per_s=prefill_tokens_per_s)
-        self._dram_blocks = plan.dram_blocks
+    def begin(self, sequence: TrackedSequence, rows_for: RowsFor) -> PrefixLoad:
+        """As ever; but nothing where blocks are to be lost, and in the control the sign of every number is flipped."""
         if self._sabotage == "lose-blocks":
-            return kvservice_client.LoadPlan(reason=kvservice_client.Reason.NOT_HELD)
-        return plan
+            return super().begin(self.track(sequence.chain.tokens[:1]), rows_for)  # too short to be held
+        given: list[KVRows] = []
+
+        def noted(blocks: int) -> KVRows:
+            given.append(rows_for(blocks))
+            return given[0]
+
+        load = super().begin(sequence, noted)
+        blocks = load.tokens // TOKENS_PER_BLOCK
+        self._origins[sequence.request_id] = (load.dram_blocks, blocks - load.dram_blocks)
+        if load.tokens and (self.control_armed or self._sabotage == "corrupt-blocks"):
+            load.finish()  # all of it is there, so that nothing arrives behind this
+            for keys, values in given[0]:
+                keys[:, : load.tokens].neg_()
+                values[:, : load.tokens].neg_()
+        return load
+
+    def store(self, sequence: TrackedSequence, rows: KVRows, *, length_tokens: int) -> None:
+        """As ever; but nothing of the nonsense that the control makes the engine compute."""
+        if not self.control_armed:
+            super().store(sequence, rows, length_tokens=length_tokens)
 
     def update_queue(
         self, waiting: Sequence[kvservice_client.WaitingRequest], *, started: Collection[str] = ()
     ) -> None:
         """Not passed on: the demo shows which tier blocks come from, and look-ahead would have fetched them all."""
 
-    def load(
-        self,
-        hashes: Sequence[bytes],
-        destination: Any,
-        *,
-        session_id: str = "",
-        request_id: str = "",
-        wait_s: float = 0.0,
-        deadline_s: float = 10.0,
-        accepts_shifts: bool = False,
-    ) -> kvservice_client.LoadResult:
-        """As the service does; in the control, the sign of every number is flipped afterwards."""
-        done = self._client.load(
-            hashes,
-            destination,
-            session_id=session_id,
-            request_id=request_id,
-            wait_s=wait_s,
-            deadline_s=deadline_s,
-            accepts_shifts=accepts_shifts,
-        )
-        in_dram = min(done.blocks, self._dram_blocks)
-        self._origins[request_id] = (in_dram, done.blocks - in_dram)
-        if self.control_armed or self._sabotage == "corrupt-blocks":
-            layout = self._served.layout
-            layout.as_blocks(destination[: done.blocks * layout.block_size_bytes]).neg_()
-        return done
-
-    def truncate(
-        self,
-        session_id: str,
-        hashes: Sequence[bytes],
-        *,
-        source: Sequence[bytes] = (),
-        keep: Sequence[tuple[int, int]] = (),
-    ) -> kvservice_client.TruncateResult:
-        """As the service does."""
-        return self._client.truncate(session_id, hashes, source=source, keep=keep)
-
-    def save(
-        self,
-        hashes: Sequence[bytes],
-        source: Any,
-        *,
-        parent: bytes = b"",
-        session_id: str = "",
-        request_id: str = "",
-        deadline_s: float = 10.0,
-    ) -> kvservice_client.SaveResult:
-        """As the service does."""
-        return self._client.save(
-            hashes, source, parent=parent, session_id=session_id, request_id=request_id, deadline_s=deadline_s
-        )
-
     def origin(self, request_id: str) -> tuple[int, int]:
         """How many of the blocks that a request loaded were in DRAM, and how many on NVMe, when it asked; once."""
         return self._origins.pop(request_id, (0, 0))
-
-    def close(self) -> None:
-        """Detach the real client."""
-        self._client.close()
 
 
 class Engine:
@@ -154,18 +115,15 @@ class Engine:
         truncation = None
         if arguments.truncate:
             truncation = TruncationPolicy(arguments.window_tokens, tokens_per_block=TOKENS_PER_BLOCK)
-        self._client: FaultyClient | None = None
-        self._adapter: TransformersAdapter | None = None
+        self._adapter: WatchedAdapter | None = None
         if arguments.socket_dir:
-            real = kvservice_client.attach(
-                self._served.namespace, socket_dir=arguments.socket_dir, instance_name=arguments.name
-            )
-            self._client = FaultyClient(real, self._served, arguments.sabotage)
-            self._adapter = TransformersAdapter(
+            self._adapter = WatchedAdapter(
                 self._model,
-                self._client,
+                arguments.socket_dir,
+                sabotage=arguments.sabotage,
                 tokens_per_block=TOKENS_PER_BLOCK,
                 weights_identity=arguments.weights_identity,
+                instance_name=arguments.name,
                 # What it shows is what resumes. A disk may well be slower than so small a model.
                 options=AdapterOptions(recompute_if_faster=False),
                 truncation=truncation,
@@ -190,7 +148,8 @@ class Engine:
             vocabulary=int(self._model.config.vocab_size),
             block_size_bytes=self._served.layout.block_size_bytes,
             tokens_per_block=TOKENS_PER_BLOCK,
-            attached=self._client is not None and self._client.attached,
+            attached=self._adapter is not None and self._adapter.attached,
+            plane=str(self._adapter.plane) if self._adapter else "",
         )
 
     def emit(self, event: Event) -> None:
@@ -226,16 +185,15 @@ class Engine:
             if isinstance(command, Quit):
                 break
             self._carry_out(command)
-        if self._adapter and self._client:
+        if self._adapter:
             self._adapter.close()
-            self._client.close()
 
     def _step(self) -> None:
         report = self._loop.step()
         for first in report.first_tokens:
             self.emit(FirstToken(first.request_id, first.ttft_s))
         for result in report.finished:
-            origin = self._client.origin(result.request_id) if self._client else (0, 0)
+            origin = self._adapter.origin(result.request_id) if self._adapter else (0, 0)
             self.emit(_finished(result, *origin))
 
     def _carry_out(self, command: Command) -> None:
@@ -246,10 +204,10 @@ class Engine:
             stats = dataclasses.asdict(self._adapter.stats()) if self._adapter else {}
             self.emit(Drained(in_time=outcome is DrainOutcome.DRAINED, stats=stats))
         elif isinstance(command, CorruptLoads):
-            if self._client is None:
+            if self._adapter is None:
                 self.emit(Failed("this engine runs without the service: nothing is loaded that could be corrupted"))
             else:
-                self._client.control_armed = command.armed
+                self._adapter.control_armed = command.armed
                 self.emit(Done())
 
     def _user_turns(self, command: MakeUserTurns) -> UserTurns:

@@ -61,7 +61,7 @@ class Quit:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is loaded and, if there is to be a service, attached."""
+    """The model is loaded and, if there is to be a service, attached; `plane`: how blocks travel to and from it."""
 
     process_id: int
     model: str
@@ -72,6 +72,7 @@ class Ready:
     block_size_bytes: int
     tokens_per_block: int
     attached: bool
+    plane: str
 
 
 @dataclass(frozen=True)

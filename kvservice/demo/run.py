@@ -185,6 +185,7 @@ class Demo:
                     conversation=conversation.index,
                     turn=turn,
                     engine="engine 4",
+                    plane=ready.plane,
                     history_tokens=resumed[turn].prompt_tokens - len(conversation.user_turns[turn]),
                     history_reproduced=True,
                     from_nvme=False,
@@ -208,7 +209,7 @@ class Demo:
         ready = engine.wait_ready(ANSWER_TIMEOUT_S)
         if not ready.attached:
             raise DemoFailedError(f"{engine.name} did not attach to the daemon")
-        self._shown.step(f"process {ready.process_id}, attached")
+        self._shown.step(f"process {ready.process_id}, attached; blocks travel by {ready.plane}")
 
         def finished(conversation: Conversation, turn: int, result: Finished) -> None:
             row = compare(
@@ -217,6 +218,7 @@ class Demo:
                 conversation=conversation.index,
                 turn=turn,
                 engine=engine.name,
+                plane=ready.plane,
                 history_tokens=len(conversation.history(turn)),
                 history_reproduced=all(
                     row.tokens_identical for row in self.rows if row.conversation == conversation.index + 1

@@ -9,6 +9,7 @@ from typing import Self
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -26,7 +27,9 @@ def made_console() -> Console:
 
 def table_of(rows: Sequence[Row]) -> Table:
     """All turns so far, one line each; 79 columns wide."""
-    table = Table(title=_TITLE, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    planes = ", ".join(dict.fromkeys(row.plane for row in rows))
+    title = f"{_TITLE}\nBlocks travel by {escape(planes)}"
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     headings = (
         "con-\nver.", "turn", "en-\ngine", "his-\ntory", "\nreused", "\nfrom", "com-\nputed", "TTFT\nrecom.",
         "TTFT\nresum.", "fas-\nter", "\ntokens", "log.\ndiff", "drop-\nped",

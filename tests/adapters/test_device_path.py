@@ -255,6 +255,7 @@ def test_turns_resume_with_the_same_tokens(
     make_adapter: MakeAdapter, model: PreTrainedModel, *, exportable: bool
 ) -> None:
     adapter = make_adapter(exportable=exportable)
+    assert (adapter.plane.name, bool(adapter.plane.why)) == (("cuda-ipc", False) if exportable else ("mapped", True))
     adapter.prepare(tokens=1000)
     tokens = torch.zeros((1, 0), dtype=torch.long)
     for turn in range(4):

@@ -47,6 +47,7 @@ def test_a_resumed_prompt_gives_the_same_tokens_and_computes_the_rest(
         assert cache.reused_tokens == 0
         assert first.stats().saved_blocks == SAVED_BLOCKS
     with adapter_on(model, socket_dir, salt) as second:
+        assert str(second.plane) == "shared-memory"
         cache = second.load(ids)
         resumed, warm_positions = computed(model, ids, cache)
         assert torch.equal(resumed, recomputed)

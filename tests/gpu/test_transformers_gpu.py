@@ -57,6 +57,7 @@ def test_every_turn_gives_the_tokens_of_a_cache_that_never_left_the_gpu(
     daemon: DaemonProcess, make_engine: MakeGpuEngine, model_dir: Path, dtype: str
 ) -> None:
     engine = opened(make_engine, daemon, model_dir, dtype)
+    assert engine.do("plane") == "cuda-ipc"
     tokens: list[int] = []
     for turn in range(5):
         history = len(tokens)
@@ -92,6 +93,7 @@ def test_a_client_that_is_not_the_librarys_takes_the_hosts_path(
     daemon: DaemonProcess, make_engine: MakeGpuEngine, model_dir: Path
 ) -> None:
     engine = opened(make_engine, daemon, model_dir, own_client=1)
+    assert engine.do("plane") == "shared-memory (the client is not the library's own)"
     first = draw(0, 500)
     tokens = first + engine.do("turn", session="s", tokens=first)["tokens"] + draw(1, 60)
     assert engine.do("drain")

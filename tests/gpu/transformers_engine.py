@@ -161,6 +161,9 @@ class Engine:
     def attached(self) -> bool:
         return self.adapter.attached
 
+    def plane(self) -> str:
+        return str(self.adapter.plane)
+
     def stats(self) -> dict[str, Any]:
         return asdict(self.adapter.stats())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def test_conversations_resume_and_the_status_is_zero(tmp_path: Path) -> None:
         line.split() for line in done.stdout.splitlines() if line.split()[:2] in (["1", "1"], ["1", "2"], ["1", "3"])
     ]
     assert [cells[5] for cells in table] == ["-", "DRAM", "NVMe"], "the table names the tier"
+    assert {row["plane"] for row in written["rows"]} == {"shared-memory"}
+    assert "Blocks travel by shared-memory\n" in re.sub(r" +\n", "\n", done.stdout)
     for row in rows:
         assert row["tokens_identical"]
         assert row["reused_tokens"] + row["computed_tokens"] == row["history_tokens"] + row["new_tokens"]

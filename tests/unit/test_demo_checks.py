@@ -34,6 +34,7 @@ def row_of(resumed: Finished, *, from_nvme: bool = True) -> Row:
         conversation=0,
         turn=2,
         engine="engine 3",
+        plane="shared-memory",
         history_tokens=80,
         history_reproduced=True,
         from_nvme=from_nvme,

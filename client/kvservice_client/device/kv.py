@@ -25,10 +25,18 @@ _TEXT_MAX = 200
 
 @dataclass(frozen=True, slots=True)
 class PlaneInUse:
-    """How bytes travel: "cuda-ipc", "mapped" or "none"; and why not better, "" where it is the best."""
+    """How bytes travel: "cuda-ipc", "mapped" or "none", of adapters "shared-memory" too; and why not better.
+
+    Attributes:
+        why: "" where it is the best there is.
+    """
 
     name: str
     why: str = ""
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.name} ({self.why})" if self.why else self.name
 
 
 class DeviceKV:

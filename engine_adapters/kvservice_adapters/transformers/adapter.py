@@ -23,6 +23,7 @@ from kvservice_adapters.transformers.saving import BackgroundSaver, DrainOutcome
 from kvservice_adapters.transformers.sequence import TrackedSequence
 from kvservice_adapters.transformers.support import ServedModel, serve_model
 from kvservice_adapters.truncation import FittedPrompt, TruncationPolicy
+from kvservice_client.device import PlaneInUse
 from kvservice_cuda.api import CudaError
 
 _log = logging.getLogger(__name__)
@@ -272,6 +273,11 @@ class TransformersAdapter:
         """Whether a daemon answers at the moment."""
         return self._client.attached
 
+    @property
+    def plane(self) -> PlaneInUse:
+        """How blocks travel at present, and why not better."""
+        return self._path.plane
+
     def prepare(self, *, tokens: int) -> None:
         """Make room to load prefixes of up to this many tokens, so that no request pays for fresh memory."""
         self._path.prepare(blocks=tokens // self.served.layout.tokens_per_block)
@@ -310,22 +316,26 @@ class TransformersAdapter:
         return min(length_tokens // self.served.layout.tokens_per_block, len(sequence.chain.hashes))
 
     def _path_for_device(self) -> BlockPath:
-        served = self.served
-        if served.device.type == "cuda" and isinstance(self._client, kvservice_client.Client):
+        served, client, why = self.served, self._client, ""
+        if served.device.type == "cuda":
             try:
                 from kvservice_adapters.transformers import device_path  # noqa: PLC0415  # needs Triton and a driver
 
-                return device_path.made_for(
-                    self._client, served, rope=self._rope, size_bytes=self.options.hbm_buffer_size_bytes
-                )
+                if isinstance(client, kvservice_client.Client):
+                    return device_path.made_for(
+                        client, served, rope=self._rope, size_bytes=self.options.hbm_buffer_size_bytes
+                    )
+                why = "the client is not the library's own"
             except (ImportError, kvservice_client.InvalidRequest, CudaError, torch.OutOfMemoryError) as error:
-                _log.warning("blocks go through host memory: %s", error)
+                why = str(error)
+            _log.warning("blocks go through host memory: %s", why)
         return HostPath(
-            self._client,
+            client,
             served.layout,
             served.device,
             rope=self._rope,
             save_queue_size_bytes=self.options.save_queue_size_bytes,
+            why=why,
         )
 
 

@@ -19,7 +19,7 @@ from kvservice_adapters.transformers.layout import BlockLayout, KVRows
 from kvservice_adapters.transformers.paths import Ahead, Arrival, Arrived, Outgoing, RowsFor
 from kvservice_adapters.transformers.sequence import TrackedSequence
 from kvservice_adapters.transformers.support import ServedModel
-from kvservice_client.device import CachePart
+from kvservice_client.device import CachePart, PlaneInUse
 
 _MOVERS_MAX = 64
 _FINISH_TIMEOUT_S = 10.0
@@ -83,6 +83,11 @@ class DevicePath:
         # A mover is nothing but where its cache is, so that it serves whatever cache is there now.
         self._movers: OrderedDict[Geometry, Mover] = OrderedDict()
         self._first_mover: PreparedMover | None = None
+
+    @property
+    def plane(self) -> PlaneInUse:
+        """Between daemon and buffer."""
+        return self._buffer.plane
 
     @property
     def outgoing_blocks_max(self) -> int:

@@ -13,20 +13,31 @@ from kvservice_adapters.transformers.paths import Ahead, Arrival, Arrived, Block
 from kvservice_adapters.transformers.saving import BackgroundSaver, DrainOutcome
 from kvservice_adapters.transformers.sequence import TrackedSequence
 
+_NOTHING = Arrived(kvservice_client.LoadResult())
+
 
 class PrefixLoad:
     """The prefix of one sequence on its way into the engine's cache. Of the engine's thread.
 
     Attributes:
         tokens: how many leading tokens need not be computed, provided that they arrive.
+        dram_blocks: how many of their blocks were in DRAM when they were asked for; the others were on NVMe.
         is_complete: whether they are all there already: no layer need be waited for.
     """
 
     def __init__(
-        self, arrival: Arrival, sequence: TrackedSequence, counters: AdapterCounters, *, asked: int, tokens: int
+        self,
+        arrival: Arrival,
+        sequence: TrackedSequence,
+        counters: AdapterCounters,
+        *,
+        asked: int,
+        tokens: int,
+        dram_blocks: int,
     ) -> None:
-        """`asked`: blocks that the service had announced; `tokens`: that come."""
+        """`asked`: blocks that the service had announced, `dram_blocks` leading ones of them in DRAM."""
         self.tokens = tokens
+        self.dram_blocks = min(arrival.blocks, dram_blocks)
         self._arrival = arrival
         self._sequence = sequence
         self._counters = counters
@@ -101,7 +112,7 @@ class PrefixLoader:
         with self._lock:
             ahead = self._ahead.pop(sequence, None)
         if not hashes:
-            return self._load_of(Arrived(kvservice_client.LoadResult()), sequence, asked=0)
+            return self._load_of(_NOTHING, sequence)
         self._counters.add("lookups")
         if self._client.attached:
             # A turn may follow the last one faster than its blocks were saved.
@@ -115,10 +126,10 @@ class PrefixLoader:
         except kvservice_client.KVServiceError as error:
             self._counters.add("failed_loads", reason=type(error).__name__)
             self._counters.add("missed_blocks", len(hashes), reason=type(error).__name__)
-            return self._load_of(Arrived(kvservice_client.LoadResult()), sequence, asked=0)
+            return self._load_of(_NOTHING, sequence)
         self._counters.add("missed_blocks", held - asked, reason="RECOMPUTED")
         self._counters.add("missed_blocks", len(hashes) - held, reason=hits.reason.name)
-        return self._load_of(arrival, sequence, asked=asked)
+        return self._load_of(arrival, sequence, asked=asked, dram_blocks=max(hits.dram_blocks, early_blocks))
 
     def begin_ahead(self, sequence: TrackedSequence) -> bool:
         """Begin to load what a sequence that waits will need, where the path has room for that.
@@ -176,9 +187,11 @@ class PrefixLoader:
             ahead.cancel()
         return self._path.load(sequence, hashes, rows_for, wait_s=hits.wait_s, deadline_s=self._deadline_s)
 
-    def _load_of(self, arrival: Arrival, sequence: TrackedSequence, *, asked: int) -> PrefixLoad:
+    def _load_of(
+        self, arrival: Arrival, sequence: TrackedSequence, *, asked: int = 0, dram_blocks: int = 0
+    ) -> PrefixLoad:
         tokens = arrival.blocks * self._namespace.tokens_per_block
-        return PrefixLoad(arrival, sequence, self._counters, asked=asked, tokens=tokens)
+        return PrefixLoad(arrival, sequence, self._counters, asked=asked, tokens=tokens, dram_blocks=dram_blocks)
 
     def _loadable(self, sequence: TrackedSequence) -> Sequence[bytes]:
         # The last prompt token is always computed: its logits are what the engine is asked for.

@@ -18,6 +18,7 @@ from kvservice_adapters.service import KVClient
 from kvservice_adapters.transformers.layout import BlockLayout, KVRows
 from kvservice_adapters.transformers.positions import move_keys
 from kvservice_adapters.transformers.sequence import TrackedSequence
+from kvservice_client.device import PlaneInUse
 
 RowsFor: TypeAlias = Callable[[int], KVRows]
 """Makes room for so many leading blocks in an engine's cache; called at most once for a load."""
@@ -90,6 +91,11 @@ class Outgoing(Protocol):
 
 class BlockPath(Protocol):
     """`load`, `load_ahead` and `copy_out` are called by the engine's thread."""
+
+    @property
+    def plane(self) -> PlaneInUse:
+        """How bytes travel at present, and why not better."""
+        ...
 
     @property
     def outgoing_blocks_max(self) -> int:
@@ -176,8 +182,13 @@ class HostPath:
         *,
         rope: Rope | None,
         save_queue_size_bytes: int,
+        why: str = "",
     ) -> None:
-        """`rope`: of the model whose saved keys may move; None: blocks that moved are not asked for."""
+        """Args:
+        rope: of the model whose saved keys may move; None: blocks that moved are not asked for.
+        why: this path and not a better one; "": there is none.
+        """
+        self.plane = PlaneInUse("shared-memory", why)
         self._client = client
         self._layout = layout
         self._device = device

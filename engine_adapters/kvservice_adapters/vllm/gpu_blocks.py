@@ -17,7 +17,6 @@ from kvservice_adapters.vllm.direct_blocks import DirectBlocks
 from kvservice_adapters.vllm.keys import KeyTurner
 from kvservice_adapters.vllm.layout import KVLayout
 from kvservice_client import Client
-from kvservice_client.device import PlaneInUse
 
 DIRECT_PIECE_BYTES_MIN = 256 << 10
 
@@ -42,7 +41,7 @@ def gpu_blocks(
         except Exception:  # noqa: BLE001  # no memory for it, or no compiler for the kernels: the other way works too
             _log.warning("no buffer for KV blocks: copies of small pieces will be slow", exc_info=True)
     direct = DirectBlocks(client, layout, keys=keys)
-    return direct, f"the engine's own blocks, {_told(direct.plane)}"
+    return direct, f"the engine's own blocks, {direct.plane}"
 
 
 def _default_bytes(layout: KVLayout) -> int:
@@ -63,9 +62,5 @@ def _buffered(client: Client, layout: KVLayout, keys: KeyTurner | None, size_byt
     )
     mover.prepare(rope)
     buffer = HbmBuffer(client, layer_bytes=layer_bytes_of(layout), size_bytes=size_bytes, device=layout.device)
-    way = f"a buffer of {buffer.blocks} blocks ({size_bytes >> 20} MiB), {_told(buffer.plane)}"
+    way = f"a buffer of {buffer.blocks} blocks ({size_bytes >> 20} MiB), {buffer.plane}"
     return BufferedBlocks(buffer, mover, layout, rope=rope), way
-
-
-def _told(plane: PlaneInUse) -> str:
-    return f"{plane.name} ({plane.why})" if plane.why else plane.name
