@@ -26,7 +26,7 @@ from benchmarks.echo_server import METHOD, REPLY_SIZE_BYTES
 from benchmarks.filling import BLOCK_SIZE_BYTES, fill
 from benchmarks.measuring import Record, take_turns
 from benchmarks.settings import Settings
-from kvservice_client.link import CONTROL_SOCKET, open_channel
+from kvservice_client.calls import CONTROL_SOCKET, open_channel
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 PREFIX_BLOCKS = (1, 128, 2048)

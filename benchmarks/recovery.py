@@ -30,7 +30,7 @@ from benchmarks.daemon import Daemon, attach, running_daemon
 from benchmarks.measuring import Record, WrongBytes, progress, take_turns
 from benchmarks.recorded import Recorded
 from benchmarks.settings import Settings
-from kvservice_client.link import open_channel
+from kvservice_client.calls import open_channel
 
 _MIB = 1 << 20
 _STARTS = 3

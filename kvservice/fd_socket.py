@@ -2,7 +2,8 @@
 
 gRPC shows no Unix peer's uid and carries no descriptors; this socket does both. It stays open for
 the life of the client: its hang-up is the proof that the process touches no memory any more, and
-only then do the slots of what it held come back.
+only then do the slots of what it held come back. A connection that begins with CallHello is
+one for calls instead, and goes to `call_socket`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import struct
 
 from google.protobuf.message import DecodeError
 
+from kvservice.call_socket import CallConnections
 from kvservice.config import Config
 from kvservice.dram import Segment
 from kvservice.errors import InvalidRequest, KVServiceError, PermissionDenied
@@ -37,9 +39,12 @@ _log = event_log(__name__)
 class FdSocket:
     """Listens on a path; one task for each connected process."""
 
-    def __init__(self, path: str, store: Store, config: Config, metrics: Metrics, *, epoch: str) -> None:
+    def __init__(
+        self, path: str, store: Store, config: Config, metrics: Metrics, calls: CallConnections, *, epoch: str
+    ) -> None:
         self._path = path
         self._store = store
+        self._calls = calls
         self._metrics = metrics
         self._epoch = epoch
         self._allowed_uids = frozenset(config.allowed_uids) or frozenset({os.getuid()})
@@ -86,6 +91,9 @@ class FdSocket:
                 identity = self._identify(peer)
                 async with asyncio.timeout(_HELLO_TIMEOUT_S):
                     request = await _receive(peer)
+                if request is not None and request.WhichOneof("message") == "call_hello":
+                    await self._welcome_calls(peer, identity, request.call_hello.token)
+                    return
                 instance = self._welcome(peer, identity, request)
                 while (request := await _receive(peer)) is not None:
                     self._grant(peer, instance, request)
@@ -96,6 +104,7 @@ class FdSocket:
         finally:
             if instance is not None:
                 self._store.hang_up(instance)
+                self._calls.hang_up(instance)
 
     def _identify(self, peer: socket.socket) -> Identity:
         """Whom the kernel says it is, if that may connect.
@@ -113,7 +122,7 @@ class FdSocket:
 
     def _welcome(self, peer: socket.socket, identity: Identity, request: pb.SocketRequest | None) -> Peer:
         if request is None or request.WhichOneof("message") != "hello":
-            raise _tell(peer, InvalidRequest("the first frame must be SocketHello", field="hello"))
+            raise _tell(peer, InvalidRequest("the first frame must be SocketHello or CallHello", field="hello"))
         try:
             agreed_version(request.hello.protocol_version_min, request.hello.protocol_version_max)
             instance = self._store.connect(identity)
@@ -122,6 +131,19 @@ class FdSocket:
         welcome = pb.SocketWelcome(token=instance.token, daemon_epoch=self._epoch)
         _send(peer, pb.SocketResponse(welcome=welcome))
         return instance
+
+    async def _welcome_calls(self, peer: socket.socket, identity: Identity, token: bytes) -> None:
+        """Make it a call connection, which from then on has the socket."""
+        try:
+            connection = self._calls.admit(identity, token)
+        except KVServiceError as error:
+            raise _tell(peer, error) from None
+        try:
+            _send(peer, pb.SocketResponse(call_welcome=pb.CallWelcome()))
+        except OSError:
+            self._calls.left(connection)
+            raise
+        await connection.take_over(socket.socket(fileno=peer.detach()))
 
     def _grant(self, peer: socket.socket, instance: Peer, request: pb.SocketRequest) -> None:
         match request.WhichOneof("message"):

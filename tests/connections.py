@@ -94,6 +94,31 @@ class FrameSocket:
         return received
 
 
+class CallFrames(FrameSocket):
+    """A call connection of the process with that token, frame by frame."""
+
+    def __init__(self, socket_dir: str, token: bytes) -> None:
+        super().__init__(socket_dir)
+        self.send(pb.SocketRequest(call_hello=pb.CallHello(token=token)))
+        self.welcome = self.receive()[0]
+
+    def begin(self, method: str, request: Any, *, timeout_ms: int = 0) -> None:
+        """Send a call; `request` may be bytes that are no message."""
+        packed = request if isinstance(request, bytes) else request.SerializeToString()
+        body = pb.SocketCall(method=method, request=packed, timeout_ms=timeout_ms).SerializeToString()
+        self.socket.sendall(_LENGTH.pack(len(body)) + body)
+
+    def answer(self) -> pb.SocketAnswer:
+        """The next answer. EOFError when the daemon hung up."""
+        (size_bytes,) = _LENGTH.unpack(self._receive_exactly(_LENGTH.size))
+        return pb.SocketAnswer.FromString(self._receive_exactly(size_bytes))
+
+    def call(self, method: str, request: Any, *, timeout_ms: int = 0) -> pb.SocketAnswer:
+        """One call."""
+        self.begin(method, request, timeout_ms=timeout_ms)
+        return self.answer()
+
+
 @dataclass
 class Grant:
     """A mapped segment's descriptors and what the daemon says about it."""

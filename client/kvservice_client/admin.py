@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+from kvservice_client.calls import metadata_of, open_channel
 from kvservice_client.errors import from_rpc
-from kvservice_client.link import TOKEN_KEY, open_channel
 from kvservice_client.memory_socket import MemorySocket
 from kvservice_client.namespace import default_socket_dir
 from kvservice_proto.v1 import kvservice_pb2 as pb
@@ -28,7 +28,7 @@ class Admin:
 
     def __init__(self, socket_dir: str) -> None:
         self._memory_socket = MemorySocket(socket_dir, timeout_s=_TIMEOUT_S)
-        self._metadata = ((TOKEN_KEY, self._memory_socket.token),)
+        self._metadata = metadata_of(self._memory_socket.token)
         self._channel = open_channel(socket_dir)
         self._stub = kvservice_pb2_grpc.KVCacheServiceStub(self._channel)
 

@@ -64,7 +64,7 @@ class AheadOfNeed:
 
         def ask(link: Link) -> LookupResult:
             request = pb.LookupRequest(namespace_id=self._namespace_id(link), hashes=self.pack(hashes))
-            response = link.call(link.stub.Lookup, request, deadline_s)
+            response = link.call("Lookup", request, deadline_s)
             in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
             miss: int = next((run.miss for run in response.runs if run.WhichOneof("outcome") == "miss"), 0)
             return LookupResult(response.hit_blocks, in_dram, MISS_REASONS.get(miss, Reason.NOT_HELD))
@@ -95,7 +95,7 @@ class AheadOfNeed:
                 prefill_tokens_per_s=prefill_tokens_per_s,
                 copy_bytes_per_s=self._copy_bytes_per_s,
             )
-            response = link.call(link.stub.PlanLoad, request, deadline_s)
+            response = link.call("PlanLoad", request, deadline_s)
             return LoadPlan(
                 response.load_blocks,
                 response.hit_blocks,
@@ -143,7 +143,7 @@ class AheadOfNeed:
             if not link.welcome.limits.aliases_per_session_max:  # a daemon from before there were truncations
                 return TruncateResult(reason=Reason.NOT_HELD)
             request.namespace_id = self._namespace_id(link)
-            response = link.call(link.stub.Truncate, request, deadline_s)
+            response = link.call("Truncate", request, deadline_s)
             reason = MISS_REASONS.get(response.miss, Reason.NOT_HELD)
             return TruncateResult(response.chain_blocks, kept_blocks(response), response.held_blocks, reason)
 
@@ -165,7 +165,7 @@ class AheadOfNeed:
                 session_id=session_id,
                 request_id=request_id,
             )
-            response = link.call(link.stub.Prefetch, request, LOOKUP_TIMEOUT_S)
+            response = link.call("Prefetch", request, LOOKUP_TIMEOUT_S)
             in_dram = sum(run.blocks for run in response.runs if run.held == pb.TIER_DRAM)
             started = sum(run.blocks for run in response.runs if run.WhichOneof("outcome") == "started")
             return PrefetchResult(in_dram, started)
@@ -208,7 +208,7 @@ class AheadOfNeed:
             if not link.welcome.limits.session_hints_max:
                 return False  # a daemon from before there were hints
             request = pb.HintSessionsRequest(namespace_id=self._namespace_id(link), hints=[hint])
-            return bool(link.call(link.stub.HintSessions, request, LOOKUP_TIMEOUT_S).known)
+            return bool(link.call("HintSessions", request, LOOKUP_TIMEOUT_S).known)
 
         return self._answer(ask, failed=lambda reason: False)
 

@@ -224,7 +224,7 @@ class Client(AheadOfNeed):
         """End every lease and reservation of a request. Never raises for a service failure."""
         try:
             link = self._attachment.link()
-            link.call(link.stub.Release, pb.ReleaseRequest(request_id=request_id), _CALL_TIMEOUT_S)
+            link.call("Release", pb.ReleaseRequest(request_id=request_id), _CALL_TIMEOUT_S)
         except InvalidRequest:
             raise
         except KVServiceError:
@@ -312,12 +312,12 @@ class Client(AheadOfNeed):
         """Why a hash is a hit or a miss in this namespace. Raises KVServiceError."""
         link = self._attachment.link()
         request = pb.ExplainRequest(hash=block_hash, fingerprint=self.namespace.fingerprint)
-        return list(link.call(link.stub.Explain, request, _CALL_TIMEOUT_S).explanations)
+        return list(link.call("Explain", request, _CALL_TIMEOUT_S).explanations)
 
     def stats(self) -> pb.StatsResponse:
         """The daemon's state and this tenant's namespaces. Raises KVServiceError."""
         link = self._attachment.link()
-        response: pb.StatsResponse = link.call(link.stub.Stats, pb.StatsRequest(), _CALL_TIMEOUT_S)
+        response: pb.StatsResponse = link.call("Stats", pb.StatsRequest(), _CALL_TIMEOUT_S)
         return response
 
     # ---------------------------------------------------------------- privately
@@ -334,7 +334,7 @@ class Client(AheadOfNeed):
     def _forget(self, request: pb.ForgetRequest) -> ForgetResult:
         link = self._attachment.link()
         request.namespace_id = self._namespace_id(link)
-        response = link.call(link.stub.Forget, request, _CALL_TIMEOUT_S)
+        response = link.call("Forget", request, _CALL_TIMEOUT_S)
         return ForgetResult(response.blocks_dropped, response.blocks_in_use)
 
     def _hashes_per_call_max(self) -> int:

@@ -108,6 +108,7 @@ _BY_REASON: dict[int, type[KVServiceError]] = {
     pb.ERROR_REASON_UNAUTHENTICATED: Unauthenticated,
     pb.ERROR_REASON_PERMISSION_DENIED: PermissionDenied,
     pb.ERROR_REASON_INTERNAL: InternalError,
+    pb.ERROR_REASON_DEADLINE_EXCEEDED: DeadlineExceeded,
 }
 
 
@@ -115,6 +116,11 @@ def from_detail(detail: pb.ErrorDetail) -> KVServiceError:
     """The exception that a detail stands for; InternalError for a reason newer than this library."""
     kind = _BY_REASON.get(detail.reason, InternalError)
     return kind(detail.message, retry_after_s=detail.retry_after_ms / 1000, error_id=detail.error_id)
+
+
+def deadline_exceeded() -> DeadlineExceeded:
+    """The exception for a call that was not answered in time."""
+    return DeadlineExceeded("the daemon did not answer within the deadline")
 
 
 def from_rpc(error: grpc.RpcError) -> KVServiceError:
@@ -125,7 +131,7 @@ def from_rpc(error: grpc.RpcError) -> KVServiceError:
             return from_detail(pb.ErrorDetail.FromString(value))
     code = error.code()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded("the daemon did not answer within the deadline")
+        return deadline_exceeded()
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(str(error.details()))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -111,7 +111,7 @@ class Lease(_Hold):
             LeaseExpired, LeaseUnknown: too late. DaemonUnreachable.
         """
         if self._lease_id:
-            renewed = self._link.call(self._link.stub.Renew, pb.RenewRequest(lease_ids=[self._lease_id]), timeout_s)
+            renewed = self._link.call("Renew", pb.RenewRequest(lease_ids=[self._lease_id]), timeout_s)
             self.expires_at_s = time.monotonic() + renewed.lease_ms / 1000
 
     def release(self) -> None:
@@ -183,7 +183,7 @@ class Reservation(_Hold):
         if self._is_ended or not self._reservation_id:
             return []
         request = pb.CommitRequest(reservation_id=self._reservation_id, positions=positions)
-        response = self._link.call(self._link.stub.Commit, request, timeout_s)
+        response = self._link.call("Commit", request, timeout_s)
         outcomes = [_COMMITTED[str(run.WhichOneof("outcome"))] for run in response.runs for _ in range(run.blocks)]
         self._uncommitted -= len(outcomes)
         if self._uncommitted == 0:

@@ -1,4 +1,4 @@
-"""One attachment to one daemon: fd socket, token, gRPC channel, stream, mapped segments.
+"""One attachment to one daemon: fd socket, token, gRPC channel, call connections, stream, mapped segments.
 
 A link never heals: when anything breaks it is *over*, and the client makes another. Its memory
 socket stays open until the last thread has stopped touching the mapped memory, because for the
@@ -8,18 +8,17 @@ daemon that socket's hang-up means that nobody does any more.
 from __future__ import annotations
 
 import itertools
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
-import grpc.experimental
 
+from kvservice_client.calls import LinkEnded, UnaryCalls, metadata_of, open_channel
 from kvservice_client.errors import (
     DaemonUnreachable,
     ForkedClient,
@@ -35,15 +34,9 @@ from kvservice_client.memory_socket import PROTOCOL_VERSION_MAX, PROTOCOL_VERSIO
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from kvservice_proto.v1 import kvservice_pb2_grpc
 
-CONTROL_SOCKET = "control.sock"
-TOKEN_KEY = "kvservice-token-bin"
-
 _PING_INTERVAL_S = 2.0
 _UNRESPONSIVE_S = 3 * _PING_INTERVAL_S
 _END_TIMEOUT_S = 5.0
-_MESSAGE_BYTES_MAX = 64 * 1024 * 1024
-
-Response = TypeVar("Response")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +60,10 @@ class Link:
             KVServiceError: of any kind; nothing is left open.
         """
         self._memory_socket = MemorySocket(socket_dir, timeout_s=timeout_s)
-        self.metadata = ((TOKEN_KEY, self._memory_socket.token),)
+        self._metadata = metadata_of(self._memory_socket.token)
         self._channel = open_channel(socket_dir)
         self.stub = kvservice_pb2_grpc.KVCacheServiceStub(self._channel)
+        self.unary = UnaryCalls(socket_dir, self._memory_socket.token, self._channel, self.stub)
         self._outgoing: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._segments_lock = threading.Lock()  # apart, because mapping a segment takes its time
@@ -85,7 +79,7 @@ class Link:
         self.is_draining = False
         self._is_forked = False
         try:
-            self._stream = self.stub.Attach(self._requests(namespaces, instance_name), metadata=self.metadata)
+            self._stream = self.stub.Attach(self._requests(namespaces, instance_name), metadata=self._metadata)
             self.welcome = self._first_response(timeout_s)
             for segment_id in self.welcome.segment_ids:
                 self._map_if_there(segment_id)
@@ -169,8 +163,8 @@ class Link:
         if is_last:
             self._close()
 
-    def call(self, method: Callable[..., Response], request: Any, timeout_s: float) -> Response:
-        """One unary RPC with the token.
+    def call(self, method: str, request: Any, timeout_s: float) -> Any:
+        """One unary RPC, named as in the contract; its response.
 
         Raises:
             KVServiceError.
@@ -178,11 +172,9 @@ class Link:
         if self._is_forked:
             raise ForkedClient("this client belongs to the parent process: attach again in the child")
         try:
-            return method(request, timeout=timeout_s, metadata=self.metadata)
-        except grpc.RpcError as error:
+            return self.unary.call(method, request, timeout_s)
+        except KVServiceError as error:
             raise self._failed(error) from None
-        except ValueError as error:
-            raise _ended(error) from None
 
     def get(self, request: pb.GetRequest, timeout_s: float) -> Iterator[pb.GetResponse]:
         """The Get stream: messages as blocks arrive.
@@ -192,11 +184,11 @@ class Link:
         """
         request.attempt_id = next(self._attempts)
         try:
-            yield from self.stub.Get(request, timeout=timeout_s, metadata=self.metadata)
+            yield from self.stub.Get(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise self._failed_attempt(error, request.attempt_id) from None
+            raise self._failed_attempt(from_rpc(error), request.attempt_id) from None
         except ValueError as error:
-            raise _ended(error) from None
+            raise LinkEnded(error) from None
 
     def load(self, request: pb.LoadRequest, timeout_s: float) -> pb.LoadResponse:
         """One Load.
@@ -204,7 +196,7 @@ class Link:
         Raises:
             KVServiceError.
         """
-        response: pb.LoadResponse = self._attempt(self.stub.Load, request, timeout_s)
+        response: pb.LoadResponse = self._attempt("Load", request, timeout_s)
         return response
 
     def put(self, request: pb.PutRequest, timeout_s: float) -> pb.PutResponse:
@@ -213,7 +205,7 @@ class Link:
         Raises:
             KVServiceError.
         """
-        response: pb.PutResponse = self._attempt(self.stub.Put, request, timeout_s)
+        response: pb.PutResponse = self._attempt("Put", request, timeout_s)
         return response
 
     def is_settled(self, attempt_id: int) -> bool:
@@ -295,41 +287,37 @@ class Link:
         welcome: pb.Welcome = response.welcome
         return welcome
 
-    def _failed(self, error: grpc.RpcError) -> KVServiceError:
-        translated = from_rpc(error)
-        if isinstance(translated, (NamespaceUnknown, Unauthenticated)):
+    def _failed(self, error: KVServiceError) -> KVServiceError:
+        if isinstance(error, (NamespaceUnknown, Unauthenticated)):
             self._stream.cancel()  # ends `run`, and the client attaches again
-        return translated
+        return error
 
-    def _attempt(self, method: Callable[..., Any], request: pb.LoadRequest | pb.PutRequest, timeout_s: float) -> Any:
+    def _attempt(self, method: str, request: pb.LoadRequest | pb.PutRequest, timeout_s: float) -> Any:
         """One unary RPC that may grant something; its attempt's id is in the request from now on."""
         request.attempt_id = next(self._attempts)
         try:
-            return method(request, timeout=timeout_s, metadata=self.metadata)
-        except grpc.RpcError as error:
+            return self.unary.call(method, request, timeout_s)
+        except KVServiceError as error:
             raise self._failed_attempt(error, request.attempt_id) from None
-        except ValueError as error:
-            raise _ended(error) from None
 
-    def _failed_attempt(self, error: grpc.RpcError, attempt_id: int) -> KVServiceError:
+    def _failed_attempt(self, error: KVServiceError, attempt_id: int) -> KVServiceError:
         """The call may have granted something though its answer did not arrive: that is owed back."""
-        translated = self._failed(error)
-        if isinstance(translated, (DaemonUnreachable, InternalError)):
+        if isinstance(error, (DaemonUnreachable, InternalError)) and not isinstance(error, LinkEnded):
             with self._lock:
                 self._owed.append(_Debt(attempt_id=attempt_id))
                 self._unsettled.add(attempt_id)
-        return translated
+        return self._failed(error)
 
     def _pay(self, debt: _Debt) -> None:
         try:
             if debt.reservation_id:
-                self.call(self.stub.Abort, pb.AbortRequest(reservation_id=debt.reservation_id), _END_TIMEOUT_S)
+                self.call("Abort", pb.AbortRequest(reservation_id=debt.reservation_id), _END_TIMEOUT_S)
             else:
                 request = pb.ReleaseRequest(
                     lease_ids=[debt.lease_id] if debt.lease_id else [],
                     attempt_ids=[debt.attempt_id] if debt.attempt_id else [],
                 )
-                self.call(self.stub.Release, request, _END_TIMEOUT_S)
+                self.call("Release", request, _END_TIMEOUT_S)
                 self._unsettled.discard(debt.attempt_id)
         except LeaseUnknown:
             pass  # ended already: an earlier try arrived though its answer did not
@@ -368,27 +356,8 @@ class Link:
         if hasattr(self, "_stream"):
             self._stream.cancel()
         self._channel.close()
+        self.unary.close()
         for segment in self._segments.values():
             segment.unmap()
         self._segments.clear()
         self._memory_socket.close()
-
-
-def open_channel(socket_dir: str) -> grpc.Channel:
-    """A channel of its own (not pooled with others of the process) to the daemon's gRPC socket."""
-    return grpc.insecure_channel(
-        f"unix:{os.path.join(os.path.abspath(socket_dir), CONTROL_SOCKET)}",
-        options=(
-            ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
-            ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            # One thread fewer between a Get and its caller.
-            (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
-        ),
-    )
-
-
-def _ended(error: ValueError) -> DaemonUnreachable:
-    """The channel was closed between being looked up and being used: grpc says ValueError then."""
-    return DaemonUnreachable(f"the attachment has ended; the client attaches again by itself ({error})")

@@ -98,7 +98,7 @@ class QueueFeed:
     ) -> bool:
         for request in mirror.updates(waiting, started):
             request.namespace_id = link.welcome.namespace_ids[0]
-            response = link.call(link.stub.UpdateQueue, request, _CALL_TIMEOUT_S)
+            response = link.call("UpdateQueue", request, _CALL_TIMEOUT_S)
             if response.outcome != pb.QUEUE_OUTCOME_APPLIED:
                 return False
         return True

@@ -75,6 +75,7 @@ class Snapshot:
     unchecksummed_blocks: int
     draining: bool
     event_loop_lag_s: float = 0.0
+    call_connections: int = 0
     queued_requests: int = 0
     prefetch_window_requests: int = 0
     eviction_window_requests: int = 0
@@ -87,6 +88,7 @@ _GAUGES: Mapping[str, str] = {
     "blocks": "Committed blocks in the index, all namespaces.",
     "sessions": "Conversations remembered.",
     "instances": "Engine processes attached.",
+    "call_connections": "Connections of instances that carry calls beside gRPC.",
     "namespaces": "Namespaces that exist.",
     "leases": "Leases held by instances.",
     "reservations": "Reservations held by instances.",
@@ -240,6 +242,9 @@ class Metrics:
         self.gpu_copies = GpuCopies(self.registry, bytes_moved=moved, seconds=took)
         self.nvme_given_up_blocks = self._counter(
             "kvservice_write_behind_given_up_blocks", "Committed blocks that no disk took: they live in DRAM only."
+        )
+        self.socket_calls = self._counter(
+            "kvservice_socket_calls", "Unary RPCs that came over a call connection; the others came over gRPC."
         )
         self.refused_peers = self._counter(
             "kvservice_refused_peers", "Connections refused because the peer's identity is not allowed."

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 import uvloop
 
 from kvservice import __version__
+from kvservice.call_socket import CallConnections
 from kvservice.config import Config
 from kvservice.fd_socket import FdSocket
 from kvservice.http import HttpServer, Verdict
@@ -71,6 +72,8 @@ class Daemon:
         if driver is None and config.device_plane == "auto":
             driver = Driver()
         self.store = Store(config, self.metrics, driver=driver)
+        self._control = ControlService(self.store, self.metrics, state=lambda: self.state)
+        self._calls = CallConnections(self._control, self.store, config, self.metrics)
         self.health = Health()
         self.tasks = BackgroundTasks(self.metrics, on_death=self._on_task_death)
         self.http_address = ""
@@ -111,6 +114,7 @@ class Daemon:
             sessions=sum(len(namespace.sessions) for namespace in namespaces),
             instances=store.instances.attached,
             namespaces=len(namespaces),
+            call_connections=len(self._calls),
             leases=store.leases.count(HoldKind.READ),
             reservations=store.leases.count(HoldKind.WRITE),
             quarantined_slots=store.leases.quarantined_slots(),
@@ -146,8 +150,8 @@ class Daemon:
         stack.push_async_callback(self.store.durability.close)
         sockets = SocketDirectory(config.socket_dir, group=config.socket_group)
         stack.callback(sockets.close)
-        control = ControlService(self.store, self.metrics, state=lambda: self.state)
-        fd_socket = FdSocket(sockets.binding, self.store, config, self.metrics, epoch=control.epoch)
+        control = self._control
+        fd_socket = FdSocket(sockets.binding, self.store, config, self.metrics, self._calls, epoch=control.epoch)
         fd_socket.listen()
         sockets.publish(sockets.memory)
         stack.push_async_callback(self.tasks.stop)
@@ -165,6 +169,7 @@ class Daemon:
         server.add_insecure_port(f"unix:{sockets.binding}")
         await server.start()
         stack.push_async_callback(server.stop, 0.5)
+        stack.push_async_callback(self._calls.stop, 0.5)
         sockets.publish(sockets.control)
         self._sockets = sockets
         if config.tcp_address:

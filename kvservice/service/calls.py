@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 
@@ -24,9 +24,21 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 ERROR_KEY = "kvservice-error-bin"
 TOKEN_KEY = "kvservice-token-bin"
 
-Context = grpc.aio.ServicerContext[Any, Any]
+GrpcContext = grpc.aio.ServicerContext[Any, Any]
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+class Context(Protocol):
+    """What a unary call asks of whatever it came over: a part of gRPC's context."""
+
+    def invocation_metadata(self) -> Metadata | None: ...
+
+    async def abort(self, code: grpc.StatusCode, details: str = ..., trailing_metadata: Any = ...) -> NoReturn: ...
+
+
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+ContextT = TypeVar("ContextT", bound=Context)
 
 _log = event_log(__name__)
 
@@ -100,12 +112,12 @@ def token_of(context: Context) -> bytes:
 
 
 def unary(
-    calls: Calls, method: str, answer: Callable[[Request, Context], Response | Awaitable[Response]]
-) -> Callable[[Request | Malformed, Context], Coroutine[Any, Any, Response]]:
+    calls: Calls, method: str, answer: Callable[[Request, ContextT], Response | Awaitable[Response]]
+) -> Callable[[Request | Malformed, ContextT], Coroutine[Any, Any, Response]]:
     """Wrap the handler of a unary RPC, a function or a coroutine function, with timing and the table of errors."""
     waits = inspect.iscoroutinefunction(answer)
 
-    async def handle(request: Request | Malformed, context: Context) -> Response:
+    async def handle(request: Request | Malformed, context: ContextT) -> Response:
         started_s = time.perf_counter()
         try:
             answered: Any = answer(well_formed(request), context)

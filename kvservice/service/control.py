@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from kvservice import __version__, errors
@@ -13,7 +13,7 @@ from kvservice.instances import DrainNotice, HungUp, Notice, SegmentsChanged
 from kvservice.metrics import Metrics
 from kvservice.service import getting, hints, messages, reports
 from kvservice.service.block_requests import BlockRequests, RequestedBlocks
-from kvservice.service.calls import Context, Malformed, abort, error_detail, token_of, unary, well_formed
+from kvservice.service.calls import Context, GrpcContext, Malformed, abort, error_detail, token_of, unary, well_formed
 from kvservice.service.devices import Devices
 from kvservice.service.messages import require_text
 from kvservice.store import Peer, Store
@@ -42,6 +42,8 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._get_calls = metrics.rpc("Get")
         self._devices = Devices(store, self._instance)
         self.block_requests = BlockRequests(metrics, clock=store.clock)
+        self.unary: dict[str, Callable[[Any, Context], Coroutine[Any, Any, Any]]] = {}
+        """Each unary RPC by its name, for whatever else than gRPC serves them."""
         for method, answer in (
             ("Lookup", self._lookup),
             ("Load", self._load),
@@ -61,11 +63,12 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             ("RegisterDevice", self._devices.register),
             ("UnregisterDevice", self._devices.unregister),
         ):
-            setattr(self, method, unary(metrics.rpc(method), method, answer))
+            self.unary[method] = unary(metrics.rpc(method), method, answer)
+            setattr(self, method, self.unary[method])
 
     # ------------------------------------------------------------------ streams
 
-    async def Attach(self, requests: AsyncIterator[pb.AttachRequest | Malformed], context: Context) -> None:  # noqa: N802
+    async def Attach(self, requests: AsyncIterator[pb.AttachRequest | Malformed], context: GrpcContext) -> None:  # noqa: N802
         """Handshake, then notices to the instance until its stream ends."""
         started_s = time.perf_counter()
         code = "OK"
@@ -89,7 +92,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             pings.cancel()
             self._store.detach(instance)
 
-    async def Get(self, request: pb.GetRequest, context: Context) -> None:  # noqa: N802
+    async def Get(self, request: pb.GetRequest, context: GrpcContext) -> None:  # noqa: N802
         """The lease and what is in DRAM at once; what is on NVMe in order as it arrives."""
         started_s = time.perf_counter()
         try:

@@ -13,7 +13,7 @@ from kvservice.errors import PermissionDenied, Unauthenticated
 from kvservice.instances import Identity
 from kvservice.metrics import Metrics
 from kvservice.service import reports
-from kvservice.service.calls import Context, unary
+from kvservice.service.calls import GrpcContext, unary
 from kvservice.service.control import ControlService
 from kvservice.store import Store
 from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
@@ -28,12 +28,12 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._control = control
         self._state = state
         self._started_at_s = store.clock()
-        answers: dict[str, Callable[[Any, Context], Any]] = {"Stats": self._stats, "Explain": self._explain}
+        answers: dict[str, Callable[[Any, GrpcContext], Any]] = {"Stats": self._stats, "Explain": self._explain}
         for method in kvservice_pb2.DESCRIPTOR.services_by_name["KVCacheService"].methods_by_name:
             answer = unary(metrics.rpc(method), method, answers.get(method, _refuse))
             setattr(self, method, answer)
 
-    def _stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
+    def _stats(self, request: pb.StatsRequest, context: GrpcContext) -> pb.StatsResponse:
         return reports.stats(
             self._store,
             self._tenant(context),
@@ -42,15 +42,15 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
             state=self._state(),
         )
 
-    def _explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+    def _explain(self, request: pb.ExplainRequest, context: GrpcContext) -> pb.ExplainResponse:
         return reports.explanation(self._store, self._tenant(context), request)
 
-    def _tenant(self, context: Context) -> Tenant:
+    def _tenant(self, context: GrpcContext) -> Tenant:
         name = next(iter(context.auth_context().get("x509_common_name", ())), b"")
         if not name:
             raise Unauthenticated("the client certificate has no common name")
         return Identity(f"cn:{name.decode()}").tenant(self._store.config.tenants)
 
 
-def _refuse(_request: Any, _context: Context) -> Any:
+def _refuse(_request: Any, _context: GrpcContext) -> Any:
     raise PermissionDenied("TCP serves Stats, Explain and health only: KV bytes need the Unix sockets of this node")

@@ -184,7 +184,7 @@ def test_a_session_that_was_truncated_is_not_loaded_with_keys_at_their_old_posit
         link = engine.client.link
         moved = chain("a truncated", 4)
         truncated = link.call(
-            link.stub.Truncate,
+            "Truncate",
             pb.TruncateRequest(namespace_id=1, session_id="s", drop_ratio=0.5, hashes=b"".join(moved)),
             5.0,
         )

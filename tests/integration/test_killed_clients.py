@@ -174,6 +174,7 @@ def test_a_forked_child_gets_misses_and_the_parent_goes_on(make_daemon: MakeDaem
     assert report["loaded"] == 0
     assert report["raised"] == "ForkedClient"
     assert report["mapped"] == 0, "the child must not have the parent's mapping"
+    assert report["call_connections"] == {"parent": 1, "child": 0}
     assert engine.do("status") == "attached"
     assert engine.do("load", name="a", blocks=BLOCKS) == ALL
     assert engine.do("save", name="b", blocks=BLOCKS)["saved"] == BLOCKS

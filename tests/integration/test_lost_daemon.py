@@ -264,9 +264,10 @@ def test_a_call_whose_attachment_ended_in_the_same_moment_finds_the_daemon_unrea
     daemon = make_daemon()
     link = make_client(daemon.socket_dir, OF)._attachment.link()
     link._channel.close()
+    link.unary.close()
     with pytest.raises(kv.DaemonUnreachable):
         link.put(pb.PutRequest(), 5)
     with pytest.raises(kv.DaemonUnreachable):
         list(link.get(pb.GetRequest(), 5))
     with pytest.raises(kv.DaemonUnreachable):
-        link.call(link.stub.Lookup, pb.LookupRequest(), 5)
+        link.call("Lookup", pb.LookupRequest(), 5)

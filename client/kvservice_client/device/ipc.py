@@ -81,7 +81,7 @@ class IpcPlane:
         self._context = context
         self._watchdog = watchdog
         request = registration_request(cache, driver, context, namespace_id=self._namespace_id)
-        response = link.call(link.stub.RegisterDevice, request, _REGISTER_TIMEOUT_S)
+        response = link.call("RegisterDevice", request, _REGISTER_TIMEOUT_S)
         self._registration_id: int = response.registration_id
         if response.revision < _REVISION:
             self.close()
@@ -98,7 +98,7 @@ class IpcPlane:
         request = pb.UnregisterDeviceRequest(registration_id=self._registration_id)
         try:
             with self._link.in_use():
-                self._link.call(self._link.stub.UnregisterDevice, request, _REGISTER_TIMEOUT_S)
+                self._link.call("UnregisterDevice", request, _REGISTER_TIMEOUT_S)
         except KVServiceError:
             return  # it goes with the attachment
 
@@ -195,9 +195,7 @@ class IpcPlane:
 
     def _commit(self, reservation_id: int) -> SaveResult:
         try:
-            response = self._link.call(
-                self._link.stub.Commit, pb.CommitRequest(reservation_id=reservation_id), _COMMIT_TIMEOUT_S
-            )
+            response = self._link.call("Commit", pb.CommitRequest(reservation_id=reservation_id), _COMMIT_TIMEOUT_S)
         except KVServiceError:
             self._link.end_hold(reservation_id=reservation_id)
             raise

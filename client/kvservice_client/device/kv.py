@@ -233,7 +233,7 @@ class DeviceKV:
         request = pb.RegisterDeviceRequest(
             namespace_id=link.welcome.namespace_ids[0], unavailable=self._why[:_TEXT_MAX]
         )
-        link.call(link.stub.RegisterDevice, request, _CALL_TIMEOUT_S)
+        link.call("RegisterDevice", request, _CALL_TIMEOUT_S)
 
     def _call(
         self,

@@ -66,6 +66,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_UNAUTHENTICATED: _ClassVar[ErrorReason]
     ERROR_REASON_PERMISSION_DENIED: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_DEADLINE_EXCEEDED: _ClassVar[ErrorReason]
 TIER_UNSPECIFIED: Tier
 TIER_DRAM: Tier
 TIER_NVME: Tier
@@ -109,6 +110,7 @@ ERROR_REASON_DRAINING: ErrorReason
 ERROR_REASON_UNAUTHENTICATED: ErrorReason
 ERROR_REASON_PERMISSION_DENIED: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason
 
 class Namespace(_message.Message):
     __slots__ = ("fingerprint", "label", "block_size_bytes", "tokens_per_block", "hash_size_bytes")
@@ -1109,14 +1111,16 @@ class ErrorDetail(_message.Message):
     def __init__(self, reason: _Optional[_Union[ErrorReason, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., error_id: _Optional[str] = ...) -> None: ...
 
 class SocketRequest(_message.Message):
-    __slots__ = ("hello", "segment", "device_progress")
+    __slots__ = ("hello", "segment", "call_hello", "device_progress")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    CALL_HELLO_FIELD_NUMBER: _ClassVar[int]
     DEVICE_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     hello: SocketHello
     segment: SegmentRequest
+    call_hello: CallHello
     device_progress: DeviceProgressRequest
-    def __init__(self, hello: _Optional[_Union[SocketHello, _Mapping]] = ..., segment: _Optional[_Union[SegmentRequest, _Mapping]] = ..., device_progress: _Optional[_Union[DeviceProgressRequest, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[SocketHello, _Mapping]] = ..., segment: _Optional[_Union[SegmentRequest, _Mapping]] = ..., call_hello: _Optional[_Union[CallHello, _Mapping]] = ..., device_progress: _Optional[_Union[DeviceProgressRequest, _Mapping]] = ...) -> None: ...
 
 class SocketHello(_message.Message):
     __slots__ = ("protocol_version_min", "protocol_version_max")
@@ -1125,6 +1129,12 @@ class SocketHello(_message.Message):
     protocol_version_min: int
     protocol_version_max: int
     def __init__(self, protocol_version_min: _Optional[int] = ..., protocol_version_max: _Optional[int] = ...) -> None: ...
+
+class CallHello(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    def __init__(self, token: _Optional[bytes] = ...) -> None: ...
 
 class SegmentRequest(_message.Message):
     __slots__ = ("segment_id",)
@@ -1139,16 +1149,18 @@ class DeviceProgressRequest(_message.Message):
     def __init__(self, registration_id: _Optional[int] = ...) -> None: ...
 
 class SocketResponse(_message.Message):
-    __slots__ = ("welcome", "segment", "error", "device_progress")
+    __slots__ = ("welcome", "segment", "error", "call_welcome", "device_progress")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CALL_WELCOME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     welcome: SocketWelcome
     segment: SegmentGrant
     error: ErrorDetail
+    call_welcome: CallWelcome
     device_progress: DeviceProgressGrant
-    def __init__(self, welcome: _Optional[_Union[SocketWelcome, _Mapping]] = ..., segment: _Optional[_Union[SegmentGrant, _Mapping]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., device_progress: _Optional[_Union[DeviceProgressGrant, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[SocketWelcome, _Mapping]] = ..., segment: _Optional[_Union[SegmentGrant, _Mapping]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., call_welcome: _Optional[_Union[CallWelcome, _Mapping]] = ..., device_progress: _Optional[_Union[DeviceProgressGrant, _Mapping]] = ...) -> None: ...
 
 class DeviceProgressGrant(_message.Message):
     __slots__ = ("registration_id", "size_bytes")
@@ -1157,6 +1169,28 @@ class DeviceProgressGrant(_message.Message):
     registration_id: int
     size_bytes: int
     def __init__(self, registration_id: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class CallWelcome(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SocketCall(_message.Message):
+    __slots__ = ("method", "request", "timeout_ms")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    request: bytes
+    timeout_ms: int
+    def __init__(self, method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class SocketAnswer(_message.Message):
+    __slots__ = ("response", "error")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    response: bytes
+    error: ErrorDetail
+    def __init__(self, response: _Optional[bytes] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class SocketWelcome(_message.Message):
     __slots__ = ("token", "daemon_epoch")

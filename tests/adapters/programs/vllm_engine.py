@@ -176,7 +176,8 @@ class Engine:
             raise Refusal
 
         for client in (self._worker()._client, *self._connector()._scheduler._clients):
-            self._replace(client._attachment.link().stub, rpc, refuse)
+            client.link.unary.close()  # every call goes over gRPC then
+            self._replace(client.link.stub, rpc, refuse)
 
     def signal_in(self, where: str, process_id: int, number: int = signal.SIGKILL) -> None:
         """Signal a process when the next copy of a load ("write") or of a save ("read") begins, or its Get ("get")."""
@@ -273,8 +274,7 @@ class Engine:
             cpu_attn_reshape_and_cache(keys, torch.zeros_like(keys), *halves, torch.arange(tokens), isa)
 
         found = places_written(write, tokens=tokens, head_dim=head_dim, dtype=getattr(torch, dtype))
-        places: list[list[int]] = found.tolist()
-        return places
+        return list(found.tolist())
 
     def rope(self) -> tuple[str, int]:
         """How the adapter turns keys: in which pairs, and how many dimensions of a head."""

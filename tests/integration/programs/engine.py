@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -31,6 +32,7 @@ class Engine:
         self.reserved: list[bytes] = []
         self.leased: list[bytes] = []
         self.background: Background
+        self._parents: set[str] = set()
 
     # -------------------------------------------------------------------- facade
 
@@ -162,6 +164,9 @@ class Engine:
         `stay`: the child then lives on until it is killed; else it ends as a program does.
         """
         receiver, sender = os.pipe()
+        link = self.client._attachment._link
+        connections = link.unary._call_socket._connections if link is not None else ()
+        self._parents = {os.readlink(f"/proc/self/fd/{each._socket.fileno()}") for each in connections}
         child = os.fork()
         if not child:
             os.close(receiver)
@@ -203,7 +208,15 @@ class Engine:
             "loaded": loaded.blocks,
             "raised": raised,
             "mapped": mapped,
+            "call_connections": {"parent": len(self._parents), "child": len(self._parents & set(open_files()))},
         }
+
+
+def open_files() -> Iterator[str]:
+    """What the descriptors of this process are open on."""
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the one of the listing itself
+            yield os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 def plain(value: object) -> object:

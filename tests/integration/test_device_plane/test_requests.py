@@ -28,7 +28,7 @@ def request_of(engine: Engine) -> pb.RegisterDeviceRequest:
 
 def register(engine: Engine, request: pb.RegisterDeviceRequest) -> pb.RegisterDeviceResponse:
     link = engine.client.link
-    response: pb.RegisterDeviceResponse = link.call(link.stub.RegisterDevice, request, 5.0)
+    response: pb.RegisterDeviceResponse = link.call("RegisterDevice", request, 5.0)
     return response
 
 
@@ -137,8 +137,8 @@ def test_another_instance_s_registration_is_unknown(make_engine: MakeEngine) -> 
     registered = register(first, request_of(first)).registration_id
     request = pb.UnregisterDeviceRequest(registration_id=registered)
     with pytest.raises(kv.LeaseUnknown):
-        second.client.link.call(second.client.link.stub.UnregisterDevice, request, 5.0)
-    first.client.link.call(first.client.link.stub.UnregisterDevice, request, 5.0)
+        second.client.link.call("UnregisterDevice", request, 5.0)
+    first.client.link.call("UnregisterDevice", request, 5.0)
 
 
 def test_registrations_per_instance_are_bounded(make_engine: MakeEngine) -> None:

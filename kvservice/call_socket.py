@@ -1,0 +1,257 @@
+"""call_socket: unary calls over connections of the second Unix socket, by the very handlers that gRPC has.
+
+gRPC in Python hands every call from thread to thread on both sides. Here the event loop reads a frame, calls the
+handler and writes its answer, and the client's own thread waits for it: two wake-ups for a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any, NoReturn, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from kvservice.config import Config
+from kvservice.errors import Draining, InvalidRequest, KVServiceError, Overloaded, Unauthenticated
+from kvservice.instances import Identity
+from kvservice.logs import event_log
+from kvservice.metrics import Metrics
+from kvservice.service import ControlService
+from kvservice.service.calls import ERROR_KEY, TOKEN_KEY, Malformed, Metadata, error_detail
+from kvservice.store import Peer, Store
+from kvservice_proto.v1 import kvservice_pb2 as pb
+
+CONNECTIONS_PER_INSTANCE_MAX = 64
+
+_FRAME_BYTES_BESIDE_MESSAGE = 1024
+_LENGTH = struct.Struct(">I")
+_SERVICE = pb.DESCRIPTOR.services_by_name["KVCacheService"]
+
+_log = event_log(__name__)
+
+
+class CallConnections:
+    """The call connections of every instance: who may have one, and their end. On the event loop."""
+
+    def __init__(self, control: ControlService, store: Store, config: Config, metrics: Metrics) -> None:
+        self.control = control
+        self.store = store
+        self.frame_bytes_max = config.message_bytes_max + _FRAME_BYTES_BESIDE_MESSAGE
+        self.requests: dict[str, Any] = {
+            method: getattr(pb, _SERVICE.methods_by_name[method].input_type.name) for method in control.unary
+        }
+        """The request of each method."""
+        self.answered = metrics.socket_calls
+        self.is_stopping = False
+        self._by_instance: dict[int, set[CallConnection]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(of_one) for of_one in list(self._by_instance.values()))
+
+    def __iter__(self) -> Iterator[CallConnection]:
+        return iter([connection for of_one in self._by_instance.values() for connection in of_one])
+
+    def admit(self, identity: Identity, token: bytes) -> CallConnection:
+        """A place for another connection of the process that was issued the token.
+
+        Raises:
+            Unauthenticated: no process of this user was.
+            Overloaded: it has as many as it may have. Draining: the daemon is about to end.
+        """
+        instance = self.store.instances.of_token(token)
+        if instance.identity.name != identity.name:
+            raise Unauthenticated("the token is another user's")
+        if self.is_stopping:
+            raise Draining("the daemon ends")
+        connections = self._by_instance.setdefault(instance.instance_id, set())
+        if len(connections) >= CONNECTIONS_PER_INSTANCE_MAX:
+            raise Overloaded(f"{CONNECTIONS_PER_INSTANCE_MAX} call connections are open; use gRPC")
+        connection = CallConnection(self, instance)
+        connections.add(connection)
+        return connection
+
+    def left(self, connection: CallConnection) -> None:
+        """It is closed. May be told twice."""
+        connections = self._by_instance.get(connection.instance_id, set())
+        connections.discard(connection)
+        if not connections:
+            self._by_instance.pop(connection.instance_id, None)
+
+    def hang_up(self, instance: Peer) -> None:
+        """Its process is gone, or has no business here any more."""
+        for connection in self._by_instance.pop(instance.instance_id, ()):
+            connection.hang_up()
+
+    async def stop(self, grace_s: float) -> None:
+        """Hang up on everybody. Calls under way may be answered within the time."""
+        self.is_stopping = True
+        for connection in self:
+            connection.close_when_idle()
+        running = [connection.running for connection in self if connection.running is not None]
+        if running:
+            await asyncio.wait(running, timeout=grace_s)
+        for connection in self:
+            if connection.running is not None:
+                connection.hang_up()
+
+
+class CallAborted(Exception):
+    """The handler ended the call with this error."""
+
+    def __init__(self, detail: pb.ErrorDetail) -> None:
+        super().__init__(detail.message)
+        self.detail = detail
+
+
+class CallContext:
+    """What a handler is told of the call, and how it refuses it."""
+
+    def __init__(self, token: bytes) -> None:
+        self._metadata = ((TOKEN_KEY, token),)
+
+    def invocation_metadata(self) -> Metadata:
+        """The token, as gRPC's metadata has it."""
+        return self._metadata
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
+        """End the call with the detail in the metadata."""
+        ((key, detail),) = trailing_metadata
+        assert key == ERROR_KEY
+        raise CallAborted(pb.ErrorDetail.FromString(detail))
+
+
+class CallConnection(asyncio.Protocol):
+    """One connection: a frame comes in, its call runs, its answer goes out; the next frame only then."""
+
+    def __init__(self, calls: CallConnections, instance: Peer) -> None:
+        self.instance_id = instance.instance_id
+        self.running: asyncio.Task[Any] | None = None
+        self._calls = calls
+        self._context = CallContext(instance.token)
+        self._received = bytearray()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._is_expired = False
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+
+    async def take_over(self, peer: socket.socket) -> None:
+        """Serve this socket from now on; it is closed with the connection."""
+        try:
+            await self._loop.connect_accepted_socket(lambda: self, peer)
+        except BaseException:
+            peer.close()
+            self._calls.left(self)
+            raise
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        if self._calls.is_stopping:
+            transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._calls.left(self)
+        if self.running is not None:
+            self.running.cancel()  # as gRPC does where its caller is gone
+
+    def data_received(self, data: bytes) -> None:
+        assert self._transport is not None
+        if self.running is not None or self._transport.get_write_buffer_size():
+            self._cut_off(InvalidRequest("a call before the answer to the one before was read", field="frame"))
+            return
+        self._received += data
+        if len(self._received) < _LENGTH.size:
+            return
+        (size_bytes,) = _LENGTH.unpack_from(self._received)
+        missing_bytes = _LENGTH.size + size_bytes - len(self._received)
+        if size_bytes > self._calls.frame_bytes_max:
+            # As gRPC calls it: the caller takes it for a miss, not for a mistake.
+            bound = self._calls.frame_bytes_max
+            self._cut_off(Overloaded(f"a call of {size_bytes} bytes, at most {bound} (message_bytes_max)"))
+        elif missing_bytes < 0:
+            self._cut_off(InvalidRequest("more than one call at a time", field="frame"))
+        elif missing_bytes == 0:
+            received, self._received = self._received, bytearray()
+            self._begin(memoryview(received)[_LENGTH.size :])
+
+    def close_when_idle(self) -> None:
+        """Hang up when the call under way, if any, was answered."""
+        if self.running is None and self._transport is not None:
+            self._transport.close()
+
+    def hang_up(self) -> None:
+        """Hang up; nobody gets an answer any more."""
+        if self._transport is not None:
+            self._transport.abort()
+        if self.running is not None:
+            self.running.cancel()
+
+    # ---------------------------------------------------------------- privately
+
+    def _begin(self, frame: memoryview) -> None:
+        try:
+            call = pb.SocketCall.FromString(frame)  # type: ignore[arg-type]  # any buffer is fine
+        except DecodeError as error:
+            self._cut_off(InvalidRequest(f"the frame is no SocketCall: {error}", field="frame"))
+            return
+        handle = self._calls.control.unary.get(call.method)
+        if handle is None:
+            self._refuse(InvalidRequest(f"no unary method {call.method!r}", field="method"))
+            return
+        request: Any
+        try:
+            request = self._calls.requests[call.method].FromString(call.request)
+        except DecodeError as error:
+            request = Malformed(str(error))
+        self.running = self._loop.create_task(handle(request, self._context))
+        self.running.add_done_callback(self._ended)
+        if call.timeout_ms:
+            self._deadline = self._loop.call_later(call.timeout_ms / 1000, self._expire)
+
+    def _expire(self) -> None:
+        if self.running is not None:
+            self._is_expired = True
+            self.running.cancel()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.running = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        is_expired, self._is_expired = self._is_expired, False
+        try:
+            response = task.result()
+        except asyncio.CancelledError:
+            if not is_expired:
+                self.hang_up()
+                return
+            detail = pb.ErrorDetail(
+                reason=pb.ERROR_REASON_DEADLINE_EXCEEDED, message="the call was not done within its deadline"
+            )
+            self._answer(pb.SocketAnswer(error=detail))
+        except CallAborted as aborted:
+            self._answer(pb.SocketAnswer(error=aborted.detail))
+        else:
+            self._answer(pb.SocketAnswer(response=response.SerializeToString()))
+
+    def _refuse(self, error: KVServiceError) -> None:
+        self._answer(pb.SocketAnswer(error=error_detail(error, where="call_socket")[1]))
+
+    def _cut_off(self, error: KVServiceError) -> None:
+        """Say why, and hang up."""
+        _log.info("connection_broken", why=str(error))
+        self._refuse(error)
+        if self._transport is not None:
+            self._transport.close()
+
+    def _answer(self, answer: pb.SocketAnswer) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        body = answer.SerializeToString()
+        transport.write(_LENGTH.pack(len(body)) + body)
+        self._calls.answered.inc()
+        if self._calls.is_stopping:
+            transport.close()
