@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 import kvservice_client as kv
 from kvservice_adapters.transformers import BlockLayout, KVRows, TrackedSequence
-from kvservice_adapters.transformers.paths import Ahead, Arrival, Arrived, HostPath, RowsFor
+from kvservice_adapters.transformers.paths import Ahead, Arrival, Arrived, HostPath, Joined, RowsFor
 
 
 class LazyArrival:
@@ -16,34 +17,48 @@ class LazyArrival:
 
     is_complete = False
 
-    def __init__(self, path: LazyPath, memory: torch.Tensor, loaded: kv.LoadResult, *, fails: bool) -> None:
-        self.blocks = loaded.blocks
+    def __init__(self, path: LazyPath, memory: torch.Tensor, loaded: kv.LoadResult, *, first: int, fails: bool) -> None:
+        self.blocks = loaded.blocks - first
         self.waited: list[int] = []
         self.is_cancelled = False
         self._path = path
-        self._arrived = path.layout.as_blocks(memory)[: loaded.blocks]
+        self._first = first
+        self._arrived = path.layout.as_blocks(memory)[first : loaded.blocks]
         self._loaded = loaded
         self._fails = fails
         self._rows: KVRows = []
 
-    def into(self, rows: KVRows) -> Arrival:
+    def into(self, rows_for: RowsFor, hashes: Sequence[bytes], *, wait_s: float, deadline_s: float) -> Arrival:
+        rows = rows_for(len(hashes))
+        self.put(rows)
+        rest = self._path.begin(hashes, first=self.blocks) if self.blocks < len(hashes) else None
+        if rest is None:
+            return self
+        rest.put(rows)
+        return Joined(self, rest)
+
+    def put(self, rows: KVRows) -> None:
         self._rows = rows
         for pair in rows:
             for part in pair:
-                part[:, : self.blocks * self._path.layout.tokens_per_block] = torch.nan
-        return self
+                part[:, self._tokens] = torch.nan
+
+    @property
+    def _tokens(self) -> slice:
+        tokens = self._path.layout.tokens_per_block
+        return slice(self._first * tokens, (self._first + self.blocks) * tokens)
 
     def wait_layer(self, layer: int) -> None:
         self.waited.append(layer)
         heads, tokens, head_dim = self._path.layout.block_shape[2:]
         for part, row in enumerate(self._rows[layer]):
             blocks = self._arrived[:, layer, part] * (-1 if self._fails else 1)
-            row[:, : self.blocks * tokens].view(heads, self.blocks, tokens, head_dim).copy_(blocks.transpose(0, 1))
+            row[:, self._tokens].view(heads, self.blocks, tokens, head_dim).copy_(blocks.transpose(0, 1))
 
     def finish(self) -> kv.LoadResult:
         for layer in set(range(self._path.layout.layers)) - set(self.waited):
             self.wait_layer(layer)
-        return kv.LoadResult(0, kv.Reason.CHANGED) if self._fails else self._loaded
+        return kv.LoadResult(0, kv.Reason.CHANGED) if self._fails else replace(self._loaded, blocks=self.blocks)
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -71,20 +86,22 @@ class LazyPath(HostPath):
     def load(
         self, sequence: TrackedSequence, hashes: Sequence[bytes], rows_for: RowsFor, *, wait_s: float, deadline_s: float
     ) -> Arrival:
-        rows = rows_for(len(hashes))
-        load = self._begin(hashes)
-        return load.into(rows) if load else Arrived(kv.LoadResult())
+        load = self.begin(hashes)
+        if load is None:
+            return Arrived(kv.LoadResult())
+        load.put(rows_for(len(hashes)))
+        return load
 
     def load_ahead(self, sequence: TrackedSequence, hashes: Sequence[bytes], *, deadline_s: float) -> Ahead | None:
-        load = self._begin(hashes)
+        load = self.begin(hashes)
         self.loads_ahead += [load] if load else []
         return load
 
-    def _begin(self, hashes: Sequence[bytes]) -> LazyArrival | None:
+    def begin(self, hashes: Sequence[bytes], *, first: int = 0) -> LazyArrival | None:
         memory = torch.empty(len(hashes) * self.layout.block_size_bytes, dtype=torch.uint8)
         loaded = self._kv.load(hashes, memory)
-        if not loaded.blocks:
+        if loaded.blocks <= first:
             return None
-        load = LazyArrival(self, memory, loaded, fails=self.fails)
+        load = LazyArrival(self, memory, loaded, first=first, fails=self.fails)
         self.loads.append(load)
         return load

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import kvservice_client as kv
 from kvservice_adapters.serving import GREEDY, Request, Result, Sampling, ServingLoop
 from kvservice_adapters.transformers import AdapterOptions, DrainOutcome, TransformersAdapter, serve_model
+from kvservice_adapters.transformers.paths import Arrived, Joined
 from tests.adapters.generating import (
     PROMPT_TOKENS,
     REUSABLE_BLOCKS,
@@ -26,7 +28,7 @@ from tests.adapters.generating import (
     prompt,
     run_and_save,
 )
-from tests.adapters.lazy_path import LazyPath
+from tests.adapters.lazy_path import LazyArrival, LazyPath
 from tests.adapters.test_serving import draw
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(120)]
@@ -172,8 +174,9 @@ def test_the_loop_gives_the_same_tokens_however_its_prefixes_arrive(
         assert (stats.unsaved_blocks, stats.skipped_blocks) == ({}, {})
 
 
-def test_what_was_loaded_ahead_is_dropped_where_more_is_held_by_then(
-    model: PreTrainedModel, socket_dir: Path, salt: str
+@pytest.mark.parametrize("fails", [False, True])
+def test_behind_what_was_loaded_ahead_is_loaded_what_is_held_by_then(
+    model: PreTrainedModel, socket_dir: Path, salt: str, fails: bool
 ) -> None:
     common = draw(0, 160)
     short = Request("short", common, max_new_tokens=2)
@@ -183,23 +186,33 @@ def test_what_was_loaded_ahead_is_dropped_where_more_is_held_by_then(
         loop = ServingLoop(model, adapter, rows=1, window_tokens=400)
         run(loop, [short])
         path.ahead_blocks_max = path.ahead_blocks_now = 100
+        begin = path.begin
+        if fails:  # the rest only
+
+            def failing(hashes: Sequence[bytes], *, first: int = 0) -> LazyArrival | None:
+                path.fails = first > 0
+                return begin(hashes, first=first)
+
+            path.begin = failing  # type: ignore[method-assign]
         results = run(loop, [first, second])
         assert results["first"].tokens == results["second"].tokens == expected
         assert results["first"].reused_tokens == 160
         # Begun while the first request had saved nothing of what is its own, and not what the second one used.
         assert [load.blocks for load in path.loads_ahead] == [10]
-        assert path.loads_ahead[0].is_cancelled
-        assert results["second"].reused_tokens == (260 - 1) // 16 * 16
+        assert not path.loads_ahead[0].is_cancelled
+        assert path.loads[-1].blocks == 6
+        assert results["second"].reused_tokens == (0 if fails else (260 - 1) // 16 * 16)
+        assert adapter.stats().failed_loads == ({"CHANGED": 1} if fails else {})
 
 
-def test_what_has_no_room_ahead_holds_up_the_queue_only_if_it_may_have_some(
+def test_as_much_is_loaded_ahead_as_there_is_room_for_if_that_is_worth_it(
     model: PreTrainedModel, socket_dir: Path, salt: str
 ) -> None:
     asked = [Request(f"r{index}", draw(index, tokens), max_new_tokens=8) for index, tokens in enumerate((40, 300, 90))]
     with lazy_adapter(model, socket_dir, salt) as (adapter, path):
         loop = ServingLoop(model, adapter, rows=1, window_tokens=400)
         run(loop, asked)
-        for room, ahead in (((10, 10), [5]), ((30, 10), []), ((30, 30), [18, 5])):
+        for room, ahead in (((10, 10), [10, 5]), ((30, 10), [10, 5]), ((30, 6), []), ((30, 30), [18, 5])):
             path.loads_ahead.clear()
             path.ahead_blocks_max, path.ahead_blocks_now = room
             for request in asked:
@@ -220,3 +233,14 @@ def test_closing_gives_up_what_was_loaded_ahead(model: PreTrainedModel, socket_d
         loop.step()
         assert [load.is_cancelled for load in path.loads_ahead] == [False]
     assert path.loads_ahead[0].is_cancelled
+
+
+def test_what_is_joined_counts_the_blocks_of_both() -> None:
+    leading = Arrived(kv.LoadResult(2, kv.Reason.OK, (kv.ShiftedBlocks(1, 1, -16),)))
+    rest = Arrived(kv.LoadResult(3, kv.Reason.NOT_HELD, (kv.ShiftedBlocks(0, 2, -16),)))
+    joined = Joined(leading, rest)
+    assert joined.blocks == 5
+    moved = (kv.ShiftedBlocks(1, 1, -16), kv.ShiftedBlocks(2, 2, -16))
+    assert joined.finish() == kv.LoadResult(5, kv.Reason.NOT_HELD, moved)
+    assert Joined(leading, Arrived(kv.LoadResult(0, kv.Reason.TIMEOUT))).finish().blocks == 2
+    assert Joined(Arrived(kv.LoadResult(0, kv.Reason.CHANGED)), rest).finish() == kv.LoadResult(0, kv.Reason.CHANGED)

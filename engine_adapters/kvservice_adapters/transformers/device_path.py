@@ -16,7 +16,7 @@ from kvservice_adapters.gpu.kernels import BlockMover
 from kvservice_adapters.gpu.parts import KeyRows
 from kvservice_adapters.positions import Rope
 from kvservice_adapters.transformers.layout import BlockLayout, KVRows
-from kvservice_adapters.transformers.paths import Ahead, Arrival, Arrived, Outgoing, RowsFor
+from kvservice_adapters.transformers.paths import Ahead, Arrival, Arrived, Joined, Outgoing, RowsFor
 from kvservice_adapters.transformers.sequence import TrackedSequence
 from kvservice_adapters.transformers.support import ServedModel
 from kvservice_client.device import CachePart, PlaneInUse
@@ -108,17 +108,8 @@ class DevicePath:
         self, sequence: TrackedSequence, hashes: Sequence[bytes], rows_for: RowsFor, *, wait_s: float, deadline_s: float
     ) -> Arrival:
         """Begin to load into the buffer; see HbmBuffer for what has no room there."""
-        load = self._buffer.load(
-            hashes,
-            self._mover_of(rows_for(len(hashes)), len(hashes)),
-            range(len(hashes)),
-            session_id=sequence.session_id,
-            request_id=sequence.request_id,
-            deadline_s=deadline_s,
-            wait_s=wait_s,
-            rope=self._rope,
-        )
-        return self._arrival_of(load)
+        mover = self._mover_of(rows_for(len(hashes)), len(hashes))
+        return self._load_from(0, sequence, hashes, mover, wait_s=wait_s, deadline_s=deadline_s)
 
     def load_ahead(self, sequence: TrackedSequence, hashes: Sequence[bytes], *, deadline_s: float) -> Ahead | None:
         """Begin to load into the buffer, where the blocks stay until it is said where they go."""
@@ -129,7 +120,7 @@ class DevicePath:
             deadline_s=deadline_s,
             rope=self._rope,
         )
-        return None if load is None else _DeviceAhead(load, self._go_on)
+        return None if load is None else _DeviceAhead(load, partial(self._go_on, load, sequence))
 
     def copy_out(self, rows: KVRows, first_block: int, count: int) -> Outgoing | None:
         """Gather into the buffer on the current stream, as many blocks as have a place there."""
@@ -151,8 +142,49 @@ class DevicePath:
         """Wait until nothing touches the buffer, and give it back."""
         self._buffer.close()
 
-    def _go_on(self, load: LoadAhead, rows: KVRows) -> Arrival:
-        return self._arrival_of(load.into(self._mover_of(rows, load.blocks), range(load.blocks)))
+    def _go_on(
+        self,
+        ahead: LoadAhead,
+        sequence: TrackedSequence,
+        hashes: Sequence[bytes],
+        rows_for: RowsFor,
+        *,
+        wait_s: float,
+        deadline_s: float,
+    ) -> Arrival:
+        mover = self._mover_of(rows_for(len(hashes)), len(hashes))
+        leading = self._arrival_of(ahead.into(mover, range(ahead.blocks)))
+        if ahead.blocks == len(hashes) or not leading.blocks:
+            return leading
+        try:
+            rest = self._load_from(ahead.blocks, sequence, hashes, mover, wait_s=wait_s, deadline_s=deadline_s)
+        except BaseException:
+            leading.cancel()
+            raise
+        return Joined(leading, rest)
+
+    def _load_from(
+        self,
+        first: int,
+        sequence: TrackedSequence,
+        hashes: Sequence[bytes],
+        mover: Mover,
+        *,
+        wait_s: float,
+        deadline_s: float,
+    ) -> Arrival:
+        load = self._buffer.load(
+            hashes,
+            mover,
+            range(first, len(hashes)),
+            session_id=sequence.session_id,
+            request_id=sequence.request_id,
+            deadline_s=deadline_s,
+            wait_s=wait_s,
+            rope=self._rope,
+            first_place=first,
+        )
+        return self._arrival_of(load)
 
     def _arrival_of(self, load: BufferedLoad) -> Arrival:
         if not load.blocks:
@@ -221,7 +253,7 @@ class _DeviceArrival:
 
 
 class _DeviceAhead:
-    def __init__(self, load: LoadAhead, go_on: Callable[[LoadAhead, KVRows], Arrival]) -> None:
+    def __init__(self, load: LoadAhead, go_on: Callable[..., Arrival]) -> None:
         self._load = load
         self._go_on = go_on
 
@@ -229,8 +261,8 @@ class _DeviceAhead:
     def blocks(self) -> int:
         return 0 if self._load.has_failed else self._load.blocks
 
-    def into(self, rows: KVRows) -> Arrival:
-        return self._go_on(self._load, rows)
+    def into(self, rows_for: RowsFor, hashes: Sequence[bytes], *, wait_s: float, deadline_s: float) -> Arrival:
+        return self._go_on(hashes, rows_for, wait_s=wait_s, deadline_s=deadline_s)
 
     def cancel(self) -> None:
         self._load.cancel()

@@ -15,6 +15,9 @@ from kvservice_adapters.transformers.sequence import TrackedSequence
 
 _NOTHING = Arrived(kvservice_client.LoadResult())
 
+_LEAST_SHARE_AHEAD = 4
+"""Less than such a part of the room for loads ahead is not worth two loads, where it is not all that is needed."""
+
 
 class PrefixLoad:
     """The prefix of one sequence on its way into the engine's cache. Of the engine's thread.
@@ -132,7 +135,7 @@ class PrefixLoader:
         return self._load_of(arrival, sequence, asked=asked, dram_blocks=max(hits.dram_blocks, early_blocks))
 
     def begin_ahead(self, sequence: TrackedSequence) -> bool:
-        """Begin to load what a sequence that waits will need, where the path has room for that.
+        """Begin to load what a sequence that waits will need, or as much of its beginning as the path has room for.
 
         Returns:
             Whether this sequence was seen to; if not, it is tried again, and before those that wait behind it.
@@ -141,20 +144,21 @@ class PrefixLoader:
         with self._lock:
             if sequence in self._ahead or not hashes:
                 return True
-            if len(hashes) > self._path.ahead_blocks_max > 0:
-                self._ahead[sequence] = None  # it never will have room; those behind it need not wait for that
-                return True
-        if len(hashes) > self._path.ahead_blocks_now or not self._client.attached:
+        # What does not fit is loaded behind it when it is known where it goes.
+        fitting = min(len(hashes), self._path.ahead_blocks_now)
+        least = min(len(hashes), max(1, self._path.ahead_blocks_max // _LEAST_SHARE_AHEAD))
+        if fitting < least or not self._client.attached:
             return False
         if self._saver.settle(hashes, 0.0) is not DrainOutcome.DRAINED:
             return False  # more is held in a moment
         ahead: Ahead | None = None
         try:
             hits = self._find(sequence, hashes)
-            if hits.dram_blocks < hits.blocks:
+            early = min(hits.blocks, fitting)
+            if hits.dram_blocks < early:
                 return False  # the service is fetching it
-            if hits.blocks:
-                ahead = self._path.load_ahead(sequence, hashes[: hits.blocks], deadline_s=self._deadline_s)
+            if early:
+                ahead = self._path.load_ahead(sequence, hashes[:early], deadline_s=self._deadline_s)
         except kvservice_client.KVServiceError:
             pass  # `begin` asks again, and counts what it hears
         with self._lock:
@@ -180,11 +184,10 @@ class PrefixLoader:
         if not hashes:
             return Arrived(kvservice_client.LoadResult(reason=hits.reason))
         if ahead is not None:
-            if ahead.blocks == len(hashes):
-                self._counters.add("ahead_blocks", len(hashes))
-                return ahead.into(rows_for(len(hashes)))
-            # More is held by now, or it failed.
-            ahead.cancel()
+            if 0 < ahead.blocks <= len(hashes):
+                self._counters.add("ahead_blocks", ahead.blocks)
+                return ahead.into(rows_for, hashes, wait_s=hits.wait_s, deadline_s=self._deadline_s)
+            ahead.cancel()  # it failed
         return self._path.load(sequence, hashes, rows_for, wait_s=hits.wait_s, deadline_s=self._deadline_s)
 
     def _load_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeAlias
 
 import torch
@@ -61,8 +62,11 @@ class Ahead(Protocol):
         """How many are coming."""
         ...
 
-    def into(self, rows: KVRows) -> Arrival:
-        """Let them go into this cache; once."""
+    def into(self, rows_for: RowsFor, hashes: Sequence[bytes], *, wait_s: float, deadline_s: float) -> Arrival:
+        """Let them go into a cache, and begin to load behind them what else of `hashes` is held; once.
+
+        Args: as of `BlockPath.load`.
+        """
         ...
 
     def cancel(self) -> None:
@@ -169,6 +173,39 @@ class Arrived:
 
     def cancel(self) -> None:
         """Nothing to cancel."""
+
+
+class Joined:
+    """Leading blocks that were loaded ahead, and those behind them. What fails of either, fails all."""
+
+    is_complete = False
+
+    def __init__(self, leading: Arrival, rest: Arrival) -> None:
+        self._leading = leading
+        self._rest = rest
+
+    @property
+    def blocks(self) -> int:
+        """How many are coming, of both."""
+        return self._leading.blocks + self._rest.blocks
+
+    def wait_layer(self, layer: int) -> None:
+        """Let what this thread's stream does from now on find the layer of both in the cache."""
+        self._leading.wait_layer(layer)
+        self._rest.wait_layer(layer)
+
+    def finish(self) -> kvservice_client.LoadResult:
+        """Wait for both. Blocks."""
+        leading, rest = self._leading.finish(), self._rest.finish()
+        if not leading.blocks or rest.blocks < self._rest.blocks:
+            return kvservice_client.LoadResult(0, rest.reason if leading.blocks else leading.reason)
+        moved = [replace(run, first_block=run.first_block + leading.blocks) for run in rest.shifted]
+        return kvservice_client.LoadResult(leading.blocks + rest.blocks, rest.reason, (*leading.shifted, *moved))
+
+    def cancel(self) -> None:
+        """Go on without both."""
+        self._leading.cancel()
+        self._rest.cancel()
 
 
 class HostPath:
