@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvservice.blocks import BlockHash, DropReason
@@ -35,6 +36,10 @@ class History:
     def find(self, block_hash: BlockHash) -> Departure | None:
         """The departure of that hash if it is still remembered."""
         return self._departures.get(block_hash)
+
+    def find_all(self, hashes: Iterable[BlockHash]) -> list[Departure | None]:
+        """The same for each of these hashes."""
+        return list(map(self._departures.get, hashes))
 
     def horizon_s(self, now_s: float) -> float:
         """Age of the oldest departure remembered; 0.0 when there is none."""

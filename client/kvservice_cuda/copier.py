@@ -8,6 +8,7 @@ stores the progress where the waiting side, the GPU's streams or a CPU, can see 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -105,12 +106,22 @@ class Copier:
         self._ends = [queue.event() for _ in range(_GROUPS_AT_ONCE)]
         self._next = 0
 
-    def submit(self, plan: Plan, blocks: np.ndarray, host: np.ndarray, *, lane_address: int, sequence: int) -> None:
+    def submit(
+        self,
+        plan: Plan,
+        blocks: np.ndarray,
+        host: np.ndarray,
+        *,
+        lane_address: int,
+        sequence: int,
+        has_begun: Callable[[], None] = lambda: None,
+    ) -> None:
         """Queue everything; the lane's words follow. Does not wait for bytes.
 
         Args:
             blocks, host: see `Plan.moves`.
             lane_address: of the lane in pinned memory, as the GPU knows it.
+            has_begun: called when the first group of layers is queued, where there are more.
 
         Raises:
             CudaError: some of it may be queued and will run.
@@ -119,6 +130,8 @@ class Copier:
         with self._queue.current():
             groups = plan.moves(blocks, host, group_bytes=_PROGRESS_BYTES[self._direction])
             for number, moves in enumerate(groups):
+                if number == 1:
+                    has_begun()
                 end = self._ends[number % _GROUPS_AT_ONCE]
                 used = self._share_out(moves.pieces, after=end if number >= _GROUPS_AT_ONCE else 0)
                 for rows in moves.rows:

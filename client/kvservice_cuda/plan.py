@@ -58,6 +58,9 @@ class Pieces:
         return Pieces(self.device[part], self.host[part], self.sizes[part])
 
 
+_NO_PIECES = Pieces(*[np.zeros(0, dtype=np.uint64)] * 3)
+
+
 @dataclass(frozen=True, slots=True)
 class Moves:
     """All that has to be copied for some consecutive layers.
@@ -122,12 +125,14 @@ class Plan:
         single = np.ones(len(blocks), dtype=bool)
         for run in runs:
             single[run.first : run.first + run.count] = False
+        single_blocks, single_host = blocks[single], host[single]
         if self._joins:
-            group_bytes = max(group_bytes, _PIECE_BYTES * int(single.sum()))
+            group_bytes = max(group_bytes, _PIECE_BYTES * len(single_blocks))
         for layers_done, part in self._groups(len(blocks), group_bytes):
             columns = _joined(self._parts, part)
             rows = tuple(rows for run in runs for rows in _rows(columns, run, blocks, host))
-            yield Moves(layers_done, rows, _pieces(columns, blocks[single], host[single]))
+            pieces = _pieces(columns, single_blocks, single_host) if len(single_blocks) else _NO_PIECES
+            yield Moves(layers_done, rows, pieces)
 
     def _groups(self, blocks: int, group_bytes: int) -> Iterator[tuple[int, slice]]:
         first = waiting_bytes = 0
@@ -140,6 +145,8 @@ class Plan:
 
 def _joined(parts: _Columns, part: slice) -> _Columns:
     firsts, starts, strides, sizes = parts.firsts[part], parts.starts[part], parts.strides[part], parts.sizes[part]
+    if len(sizes) == 1:
+        return _Columns(firsts, starts, strides, sizes)
     continues = (
         (firsts[:-1] + sizes[:-1] == firsts[1:])
         & (starts[:-1] + sizes[:-1] == starts[1:])
@@ -155,7 +162,7 @@ def _runs(blocks: np.ndarray, host: np.ndarray, *, block_step_max: int) -> list[
     """Where at least ROWS_MIN blocks follow each other in equal steps, upwards on both sides."""
     if len(blocks) < ROWS_MIN:
         return []
-    block_steps, host_steps = np.diff(blocks), np.diff(host)
+    block_steps, host_steps = blocks[1:] - blocks[:-1], host[1:] - host[:-1]
     usable = (block_steps > 0) & (block_steps <= block_step_max) & (host_steps > 0) & (host_steps <= PITCH_MAX_BYTES)
     same = (block_steps[1:] == block_steps[:-1]) & (host_steps[1:] == host_steps[:-1])
     edges = np.concatenate(([0], np.flatnonzero(~same) + 1, [len(block_steps)]))
@@ -163,7 +170,7 @@ def _runs(blocks: np.ndarray, host: np.ndarray, *, block_step_max: int) -> list[
     end = 0
     # Steps first..last are equal: the blocks from `first` to the one behind `last`, of which the run before may have
     # taken the first.
-    for place in np.flatnonzero((np.diff(edges) >= ROWS_MIN - 1) & usable[edges[:-1]]):
+    for place in np.flatnonzero((edges[1:] - edges[:-1] >= ROWS_MIN - 1) & usable[edges[:-1]]):
         first, count = int(edges[place]), int(edges[place + 1] - edges[place]) + 1
         taken = max(0, end - first)
         if count - taken >= ROWS_MIN:

@@ -7,19 +7,24 @@ sleeps until what was queued is done. Streams are first in, first out, so one sl
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
-from kvservice.device.registration import Places, Region, Registration
+from kvservice.device.registration import Copy, Region, Registration
 from kvservice.dram import Segment
 from kvservice.errors import InvalidRequest
 from kvservice_cuda.api import CudaError
 from kvservice_cuda.copier import Copier, Direction
 from kvservice_cuda.driver import Context
 from kvservice_cuda.plan import Plan
+
+_ANSWER_S = 50e-6
+"""For the loop to answer the call that asked for a copy, before its thread takes the interpreter for what is left to
+queue: the first group of layers keeps the bus busy for longer."""
 
 Result = TypeVar("Result")
 
@@ -51,18 +56,19 @@ class Gpu:
 
     # ------------------------------------------------- called on the event loop
 
-    async def queue(
-        self, registration: Registration, direction: Direction, blocks: np.ndarray, places: Sequence[Places], lane: int,
-        sequence: int,
-    ) -> int:  # fmt: skip
-        """Queue the copies of these blocks; returns the event that ends them, for `finish`.
+    def queue(self, copy: Copy) -> asyncio.Future[int]:
+        """Queue the copy; the result is the event that ends it, for `finish`. Does not wait.
 
         Raises:
-            CudaError: it failed, and nothing of it runs any more.
+            CudaError: (the result) it failed, and nothing of it runs any more.
         """
-        return await self._run(
-            self._queuing[direction], lambda: self._queue(registration, direction, blocks, places, lane, sequence)
-        )
+        loop = asyncio.get_running_loop()
+
+        def has_begun() -> None:
+            loop.call_soon_threadsafe(copy.begun.set)
+            time.sleep(_ANSWER_S)
+
+        return loop.run_in_executor(self._queuing[copy.direction], self._queue, copy, has_begun)
 
     async def finish(self, direction: Direction, event: int) -> None:
         """Wait until the event is over. Raises CudaError: a copy failed."""
@@ -95,27 +101,31 @@ class Gpu:
 
     # --------------------------------------------------------------- in threads
 
-    def _queue(
-        self, registration: Registration, direction: Direction, blocks: np.ndarray, places: Sequence[Places], lane: int,
-        sequence: int,
-    ) -> int:  # fmt: skip
+    def _queue(self, copy: Copy, has_begun: Callable[[], None]) -> int:
+        registration = copy.registration
         if not self.is_online:
             raise CudaError(self.state)
         if registration.is_closed:
             raise CudaError("the engine has left: nothing is written into its memory any more")
-        for each in places:
+        for each in copy.places:
             self._pin(each.segment)
         host = np.concatenate(
             [
                 np.uint64(each.segment.address) + each.slots.astype(np.uint64) * np.uint64(each.segment.stride_bytes)
-                for each in places
+                for each in copy.places
             ]
         )
         assert registration.plan is not None, "a copy for a registration that is not open"
-        copier = self._copiers[direction]
-        lane_address = registration.progress.lane_address(lane)
+        copier = self._copiers[copy.direction]
         try:
-            copier.submit(registration.plan, blocks, host, lane_address=lane_address, sequence=sequence)
+            copier.submit(
+                registration.plan,
+                copy.blocks,
+                host,
+                lane_address=registration.progress.lane_address(copy.lane),
+                sequence=copy.sequence,
+                has_begun=has_begun,
+            )
             return copier.finish_event()
         except BaseException:
             copier.drain()  # what was queued before it failed must not move bytes after this returns

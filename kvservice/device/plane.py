@@ -176,33 +176,32 @@ class DevicePlane:
             blocks: the engine's block ids, each in bounds.
             places: as many slots; they must stay as they are until `on_done`.
             on_done: called when no byte moves any more, whatever became of the copy.
+
+        Returns:
+            The copy. A call that answers only once it has `begun` leaves the interpreter to the thread that queues.
         """
         assert not registration.is_closed, "a copy for a registration that was closed"
         assert len(blocks) > 0, "a copy of nothing"
-        loop = asyncio.get_running_loop()
-        size_bytes = len(blocks) * registration.geometry.block_size_bytes
-        copy = Copy(direction, size_bytes, attempt_id, loop.create_future())
+        done = asyncio.get_running_loop().create_future()
+        copy = Copy(registration, direction, blocks, places, lane, sequence, attempt_id, asyncio.Event(), done)
+        if any(other.direction is direction for other in registration.copies):
+            copy.begun.set()  # the bus is busy until its turn comes
+        gpu = self._gpus[registration.device_uuid]
         registration.copies.add(copy)
         for each in places:
             self._watch(each.segment)
-        self._spawn(self._follow(registration, copy, blocks, places, lane, sequence, on_done))
+        # Handed to its thread now rather than by the task: that has its turn when this call of the loop is over.
+        self._spawn(self._follow(copy, gpu, gpu.queue(copy), self._clock(), on_done))
         return copy
 
     async def _follow(
-        self,
-        registration: Registration,
-        copy: Copy,
-        blocks: np.ndarray,
-        places: Sequence[Places],
-        lane: int,
-        sequence: int,
-        on_done: Callable[[], None],
+        self, copy: Copy, gpu: Gpu, queued: asyncio.Future[int], started_s: float, on_done: Callable[[], None]
     ) -> None:
-        gpu = self._gpus[registration.device_uuid]
-        started_s = self._clock()
+        registration = copy.registration
         has_arrived = False
         try:
-            event = await gpu.queue(registration, copy.direction, blocks, places, lane, sequence)
+            event = await queued
+            copy.begun.set()
             await gpu.finish(copy.direction, event)
             has_arrived = True
             self.on_copied(copy.direction, copy.size_bytes, self._clock() - started_s)
@@ -213,7 +212,8 @@ class DevicePlane:
         finally:
             if not has_arrived:
                 self.on_failed(copy.direction)
-                registration.progress.fail(lane, sequence, layers=registration.geometry.layers)
+                registration.progress.fail(copy.lane, copy.sequence, layers=registration.geometry.layers)
+            copy.begun.set()
             registration.copies.discard(copy)
             on_done()
             copy.done.set_result(has_arrived)

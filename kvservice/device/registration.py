@@ -33,21 +33,6 @@ class Places:
 
 
 @dataclass(slots=True, eq=False)
-class Copy:
-    """One load or save on its way.
-
-    Attributes:
-        attempt_id: the call that asked for it; 0: none.
-        done: no byte of it moves any more; the result is whether all of them arrived.
-    """
-
-    direction: Direction
-    size_bytes: int
-    attempt_id: int
-    done: asyncio.Future[bool]
-
-
-@dataclass(slots=True, eq=False)
 class Registration:
     """An opened KV cache. The event loop owns it; what a plan says does not change."""
 
@@ -69,3 +54,32 @@ class Registration:
     def size_bytes(self) -> int:
         """GPU memory that is registered."""
         return sum(region.size_bytes for region in self.regions)
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """One load or save on its way.
+
+    Attributes:
+        blocks: the engine's block ids, each in bounds.
+        places: as many slots, in order.
+        lane, sequence: where its progress is told.
+        attempt_id: the call that asked for it; 0: none.
+        begun: its first bytes are queued, or wait behind another copy's, or it failed.
+        done: no byte of it moves any more; the result is whether all of them arrived.
+    """
+
+    registration: Registration
+    direction: Direction
+    blocks: np.ndarray
+    places: Sequence[Places]
+    lane: int
+    sequence: int
+    attempt_id: int
+    begun: asyncio.Event
+    done: asyncio.Future[bool]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its blocks."""
+        return len(self.blocks) * self.registration.geometry.block_size_bytes

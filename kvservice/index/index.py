@@ -80,6 +80,8 @@ class Index(Tree):
         Raises:
             InvalidRequest: the hashes are not one chain as the index knows it.
         """
+        if self._rows.keys().isdisjoint(hashes):
+            return np.zeros(0, dtype=np.int32)
         rows = np.array(list(map(self._rows.get, hashes, repeat(NO_ROW))), dtype=np.int32)
         absent = np.flatnonzero(rows == NO_ROW)
         if len(absent):
@@ -96,6 +98,24 @@ class Index(Tree):
                 f"hash {int(wrong[0])} is held behind another block: the hashes are not one chain", field="hashes"
             )
         return rows
+
+    def hit_rows(self, chain: Chain, hit: int) -> Rows:
+        """The rows of the `hit` leading blocks, which are resident (see `hit_length`).
+
+        Raises:
+            InvalidRequest: see `rows_of`.
+        """
+        last = self.row_of(chain.hash_at(hit - 1)) if hit else NO_ROW
+        first = last - hit + 1
+        if last != NO_ROW and first >= 0 and self.parent[first] == NO_ROW:
+            # Blocks that were stored one after the other have neighbouring rows: no look-up of each hash.
+            rows: Rows = np.arange(first, last + 1, dtype=np.int32)
+            if (self.parent[first + 1 : last + 1] == rows[:-1]).all():
+                # None is absent: each is in front of the last one.
+                hashes = b"".join(self._hashes[first : last + 1])  # type: ignore[arg-type]
+                if chain.packed.startswith(hashes):
+                    return rows
+        return self.rows_of(chain.hashes(count=hit))
 
     def roots(self) -> Rows:
         """Every row without a block before it."""
@@ -127,9 +147,10 @@ class Index(Tree):
         return rows
 
     def bytes_rows(self, rows: Rows) -> Rows:
-        """The rows that have the bytes: an alias's source, else the row itself."""
+        """The rows that have the bytes: an alias's source, else the row itself; `rows` where none is an alias."""
         sources = self.source[rows]
-        return np.where(sources == NO_ROW, rows, sources)
+        is_own = sources == NO_ROW
+        return rows if is_own.all() else np.where(is_own, rows, sources)
 
     def unwritten(self, rows: Rows) -> Rows:
         """Those whose bytes are in DRAM only, and do not wait to be written."""
@@ -311,8 +332,10 @@ class Index(Tree):
         """Blank rows for a chain of absent hashes behind `parent`; the caller says what they are."""
         count = len(hashes)
         rows = self._take_rows(count)
+        first, last = int(rows[0]), int(rows[-1])
+        are_neighbours = last - first + 1 == count  # nearly always, and much faster
         for name, (_, blank) in COLUMNS.items():
-            getattr(self, name)[rows] = blank
+            getattr(self, name)[slice(first, last + 1) if are_neighbours else rows] = blank
         self.parent[rows[1:]] = rows[:-1]
         self.first_child[rows[:-1]] = rows[1:]
         first_depth = 0 if parent == NO_ROW else int(self.depth[parent]) + 1
@@ -322,8 +345,11 @@ class Index(Tree):
         self._link(int(rows[0]), parent)
         numbers = rows.tolist()
         self._rows.update(zip(hashes, numbers, strict=True))
-        for row, block_hash in zip(numbers, hashes, strict=True):
-            self._hashes[row] = block_hash
+        if are_neighbours:
+            self._hashes[first : last + 1] = hashes
+        else:
+            for row, block_hash in zip(numbers, hashes, strict=True):
+                self._hashes[row] = block_hash
         return rows
 
     def _leave(self, row: int) -> None:
@@ -338,9 +364,12 @@ class Index(Tree):
         del self._rows[self.hash_of(row)]
 
     def _take_rows(self, count: int) -> Rows:
-        reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        fresh = range(len(self._hashes), len(self._hashes) + count - len(reused))
-        self._hashes.extend([None] * len(fresh))
-        if len(self._hashes) > self._capacity:
-            self._grow_to(max(len(self._hashes), self._capacity + self._capacity // 2))
-        return np.array([*reused, *fresh], dtype=np.int32)
+        """Absent rows, upwards."""
+        kept = max(0, len(self._free) - count)
+        reused = np.array(self._free[kept:], dtype=np.int32)
+        del self._free[kept:]
+        begin, end = len(self._hashes), len(self._hashes) + count - len(reused)
+        self._hashes.extend([None] * (end - begin))
+        if end > self._capacity:
+            self._grow_to(max(end, self._capacity + self._capacity // 2))
+        return np.concatenate((np.sort(reused), np.arange(begin, end, dtype=np.int32)))

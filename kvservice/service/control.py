@@ -202,7 +202,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         if places is None:
             response = messages.put_response(reserved)
         else:
-            response = self._devices.put_response(instance, request.namespace_id, reserved, places)
+            response = await self._devices.put_response(instance, request.namespace_id, reserved, places)
         for run in response.runs:
             self._metrics.put_blocks[str(run.WhichOneof("outcome"))].inc(run.blocks)
         return response

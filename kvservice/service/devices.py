@@ -75,12 +75,14 @@ class Devices:
             hashes=len(request.hashes) // namespace.spec.hash_size_bytes,
         )
 
-    def put_response(
+    async def put_response(
         self, instance: Peer, namespace_id: int, reserved: Reserved, places: DevicePlaces
     ) -> pb.PutResponse:
         """Begin to copy what was reserved. Nothing waited since it was."""
         namespace = self._store.namespace(instance, namespace_id)
-        self._store.device_copies.save(instance, namespace, reserved, places)
+        copy = self._store.device_copies.save(instance, namespace, reserved, places)
+        if copy is not None:
+            await copy.begun.wait()
         return messages.put_response(reserved, is_copied_here=True)
 
     async def begin_load(
@@ -98,7 +100,10 @@ class Devices:
         except BaseException:
             copies.end_lease(instance, granted)
             raise
-        return landed if copy is not None else getting.Landed(0, landed.miss)
+        if copy is None:
+            return getting.Landed(0, landed.miss)
+        await copy.begun.wait()
+        return landed
 
     async def get_responses(
         self, instance: Peer, granted: Granted, places: DevicePlaces, *, wait_s: float | None

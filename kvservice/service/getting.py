@@ -80,11 +80,11 @@ async def _landing(granted: Granted, position: int, timeout_s: float | None) -> 
             landed = await asyncio.shield(arrival.landed)
     except TimeoutError:
         return None
-    return landed[granted.rows[position]]
+    return landed[int(granted.rows[position])]
 
 
 def _has_landed(granted: Granted, position: int) -> bool:
     arrival = granted.pending.get(position)
     if arrival is None:
         return True
-    return arrival.landed.done() and arrival.landed.result()[granted.rows[position]] is Landing.OK
+    return arrival.landed.done() and arrival.landed.result()[int(granted.rows[position])] is Landing.OK

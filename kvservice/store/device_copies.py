@@ -137,7 +137,7 @@ class DeviceCopies:
             raise InvalidRequest("the registration is of another namespace", field="registration_id")
         if len(block_ids) != hashes - first:
             raise InvalidRequest(f"{len(block_ids)} block ids for {hashes - first} hashes", field="block_ids")
-        ids = np.fromiter(block_ids, dtype=np.uint32, count=len(block_ids))
+        ids = np.array(block_ids[:], dtype=np.uint32)  # a slice of a message's field is a list: half the time
         if len(ids) and int(ids.max()) >= registration.geometry.blocks:
             raise InvalidRequest(
                 f"block id {ids.max()}, and {registration.geometry.blocks} blocks are registered", field="block_ids"
@@ -179,8 +179,8 @@ class DeviceCopies:
         except LeaseUnknown:
             return
 
-    def save(self, instance: Peer, namespace: Namespace, reserved: Reserved, places: DevicePlaces) -> None:
-        """Begin to copy what a Put reserved: the last blocks of its chain.
+    def save(self, instance: Peer, namespace: Namespace, reserved: Reserved, places: DevicePlaces) -> Copy | None:
+        """Begin to copy what a Put reserved: the last blocks of its chain; None where that is nothing.
 
         Raises:
             LeaseUnknown: the registration was closed while the Put waited for room; nothing is reserved.
@@ -188,10 +188,11 @@ class DeviceCopies:
         if places.registration.is_closed and reserved.hold_id:
             self._holds.end(self._holds.find(instance, HoldKind.WRITE, [reserved.hold_id])[0])
             raise LeaseUnknown("the registration was closed meanwhile: register again")
-        if len(reserved.slots):
-            slots = reserved.slots.copy()  # the reservation's own array shrinks with every Commit
-            namespace.pool.hold(slots)
-            self._start(Direction.SAVE, namespace, places, places.block_ids[-len(slots) :], slots)
+        if not len(reserved.slots):
+            return None
+        slots = reserved.slots.copy()  # the reservation's own array shrinks with every Commit
+        namespace.pool.hold(slots)
+        return self._start(Direction.SAVE, namespace, places, places.block_ids[-len(slots) :], slots)
 
     async def until_quiet(self, instance: Peer, attempt_ids: Sequence[int]) -> None:
         """Wait until no copy that these calls began moves a byte any more."""

@@ -58,6 +58,8 @@ class Journal:
 
     def touched(self, namespace: Namespace, rows: Rows, session_id: str) -> None:
         """A chain was used: its deepest block on NVMe stands for all before it."""
+        if not self._disks:
+            return
         index = namespace.index
         on_nvme = rows[index.extent[rows] != NO_EXTENT]
         if not len(on_nvme):

@@ -20,7 +20,7 @@ from kvservice.history import Departure, History
 from kvservice.index import Index, State
 from kvservice.instances import Instance
 from kvservice.metrics import Metrics
-from kvservice.policies import NO_MEMORY, EvictionPolicy, Memories, Window, make_policy
+from kvservice.policies import NO_MEMORY, EvictionPolicy, Memories, Window, make_policy, nothing_remembered
 from kvservice.sessions import Sessions, session_key
 from kvservice.store.arrivals import Arrival
 
@@ -85,7 +85,9 @@ class Namespace:
         """A request used the chain `rows` (root first), and with it what its aliases stand for."""
         if len(rows):
             of_bytes = self.index.bytes_rows(rows)
-            self.index.last_used_s[rows] = self.index.last_used_s[of_bytes] = now_s
+            self.index.last_used_s[of_bytes] = now_s
+            if of_bytes is not rows:
+                self.index.last_used_s[rows] = now_s
             self.policy.touch(of_bytes, now_s)
             self.nvme_policy.touch(of_bytes, now_s)
             self.last_used_s = now_s
@@ -329,7 +331,9 @@ class Namespace:
 
     def _memories(self, rows: Rows) -> Memories:
         """What the policy had remembered of blocks with these rows' hashes when they left before."""
-        departures = map(self.history.find, map(self.index.hash_of, rows.tolist()))
+        departures = self.history.find_all(map(self.index.hash_of, rows.tolist()))
+        if departures.count(None) == len(departures):  # nearly always
+            return nothing_remembered(rows)
         memories = (departure.memory if departure else NO_MEMORY for departure in departures)
         return np.fromiter(memories, dtype=np.int64, count=len(rows))
 

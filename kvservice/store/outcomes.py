@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import DropReason, NamespaceSpec, Slots, Tier
+from kvservice.blocks import DropReason, NamespaceSpec, Rows, Slots, Tier
 from kvservice.dram import SlotPool
 from kvservice.lookahead import LoadPlan
 from kvservice.store.arrivals import Arrival
@@ -80,7 +80,8 @@ class Granted:
     hold_id: int
     duration_s: float
     pool: SlotPool
-    rows: Sequence[int]
+    rows: Rows
+    """Those that have the blocks' bytes."""
     slots: Slots
     pending: Mapping[int, Arrival]
     from_nvme: NDArray[np.bool_]

@@ -76,7 +76,7 @@ class Reading:
         hit = namespace.index.hit_length(chain)
         miss = requests.miss_after(namespace, chain, hit)
         if not self._disks.can_read_all:
-            readable = self._readable(namespace, namespace.index.rows_of(chain.hashes(count=hit)))
+            readable = self._readable(namespace, namespace.index.hit_rows(chain, hit))
             hit, miss = (readable, Miss.TIER_OFFLINE) if readable < hit else (hit, miss)
         shifts = requests.held_shift_tokens(namespace, chain, hit)
         return Looked(namespace.index.dram_length(chain, hit), hit, len(chain), miss, shifts)
@@ -135,15 +135,17 @@ class Reading:
         )
         namespace, rows, of_bytes, miss = found.namespace, found.rows, found.of_bytes, found.miss
         missed = found.asked - len(rows)
-        # One that is being read already is not in DRAM yet: whoever began that did this Get a favour.
-        from_nvme = found.on_nvme | namespace.index.arriving[of_bytes]
+        from_nvme = found.on_nvme
+        if namespace.arrivals:
+            # One that is being read already is not in DRAM yet: whoever began that did this Get a favour.
+            from_nvme = from_nvme | namespace.index.arriving[of_bytes]
         nvme_hits = int(np.count_nonzero(from_nvme))
         namespace.counters.requested += found.asked
         namespace.counters.dram_hits += len(rows) - nvme_hits
         namespace.counters.nvme_hits += nvme_hits
         namespace.counters.misses += missed
         if not len(rows):
-            return Granted(0, 0.0, namespace.pool, (), rows, {}, from_nvme, missed, miss)
+            return Granted(0, 0.0, namespace.pool, rows, rows, {}, from_nvme, missed, miss)
         slots = self._fetch(namespace, of_bytes, found.on_nvme, Priority.GET)
         self._note_use(namespace, rows, of_bytes, session_id)
         shifts = requests.shift_tokens(namespace, rows)
@@ -162,8 +164,7 @@ class Reading:
             int(position): namespace.arrivals[int(of_bytes[position])]
             for position in (np.flatnonzero(namespace.index.arriving[of_bytes]) if nvme_hits else ())
         }
-        granted = of_bytes.tolist()
-        return Granted(hold_id, lease_s, namespace.pool, granted, slots, pending, from_nvme, missed, miss, shifts)
+        return Granted(hold_id, lease_s, namespace.pool, of_bytes, slots, pending, from_nvme, missed, miss, shifts)
 
     def prefetch(self, instance: Peer, namespace: Namespace, packed: bytes, *, request_id: str) -> Prefetched:
         """Start reading what is on NVMe only into free or evictable DRAM; neither caller nor memory is waited for.
@@ -244,7 +245,7 @@ class Reading:
         """These rows, whose bytes those have, are used now: for the eviction order, the session and the journal."""
         self._promotion.used(namespace, of_bytes)
         namespace.touch(rows, self._clock())
-        namespace.index.uses[of_bytes] += 1
+        namespace.index.uses[of_bytes.astype(np.intp)] += 1
         self._write_behind.used(namespace, of_bytes)
         if session_id:
             namespace.sessions.extend(session_key(session_id), rows, int(rows[-1]))
@@ -263,10 +264,11 @@ class Reading:
     def _fetch(self, namespace: Namespace, rows: Rows, on_nvme: np.ndarray, priority: Priority) -> np.ndarray:
         """The slots of all rows, each with one more holder; those on NVMe are being read into new ones."""
         slots: np.ndarray = namespace.index.slot[rows]
-        namespace.pool.hold(slots[~on_nvme])
+        is_any_on_nvme = on_nvme.any()
+        namespace.pool.hold(slots[~on_nvme] if is_any_on_nvme else slots)
         if priority is Priority.GET and namespace.arrivals:
             self._promotion.join(namespace, rows[namespace.index.arriving[rows]].tolist())
-        if on_nvme.any():
+        if is_any_on_nvme:
             slots[on_nvme] = namespace.pool.allocate(int(np.count_nonzero(on_nvme)))
             self._promotion.start(namespace, rows[on_nvme], slots[on_nvme], priority)
         return slots
@@ -276,7 +278,7 @@ class Reading:
         index = namespace.index
         hit = index.hit_length(chain)
         leased = min(hit, limit) if limit else hit
-        rows = index.rows_of(chain.hashes(count=leased))
+        rows = index.hit_rows(chain, leased)
         readable = self._readable(namespace, rows)
         if readable < leased:
             return rows[:readable], Miss.TIER_OFFLINE

@@ -74,28 +74,29 @@ def miss_after(namespace: Namespace, chain: Chain, hit: int) -> Miss:
 
 def own_length(namespace: Namespace, rows: Rows, session_id: str) -> int:
     """How many leading rows of a chain the session may use: nobody's, and its own."""
-    owners = namespace.index.owner[rows]
-    if not len(owners) or owners[-1] == NO_OWNER:
+    if not len(rows) or namespace.index.owner.item(int(rows[-1])) == NO_OWNER:
         return len(rows)  # what is behind an owned block is owned as well
+    owners = namespace.index.owner[rows]
     if session_id and owners[-1] == owner_of(session_key(session_id)):
         return len(rows)
     return int(np.argmax(owners != NO_OWNER))
 
 
 def shift_tokens(namespace: Namespace, rows: Rows) -> tuple[int, ...]:
-    """By how many tokens each block's keys must be rotated; empty: none of them."""
-    if (namespace.index.source[rows] == NO_ROW).all():
+    """By how many tokens the keys of each block of a chain must be rotated; empty: none of them."""
+    index = namespace.index
+    # Aliases have an owner, and so has what is behind them: where the last block has none, no block is one.
+    if not len(rows) or index.owner.item(int(rows[-1])) == NO_OWNER or (index.source[rows] == NO_ROW).all():
         return ()
-    return tuple((namespace.index.shift_blocks(rows) * namespace.spec.tokens_per_block).tolist())
+    return tuple((index.shift_blocks(rows) * namespace.spec.tokens_per_block).tolist())
 
 
 def held_shift_tokens(namespace: Namespace, chain: Chain, hit: int) -> tuple[int, ...]:
     """The same for the `hit` leading blocks of a chain, which are held; O(1) where none is an alias."""
     index = namespace.index
-    # Aliases have an owner, and so has what is behind them: where the last block has none, no block is one.
     if not hit or index.owner.item(index.row_of(chain.hash_at(hit - 1))) == NO_OWNER:
         return ()
-    return shift_tokens(namespace, index.rows_of(chain.hashes(count=hit)))
+    return shift_tokens(namespace, index.hit_rows(chain, hit))
 
 
 def known_runs(namespace: Namespace, rows: Rows) -> list[tuple[int, Written]]:

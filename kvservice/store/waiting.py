@@ -229,7 +229,7 @@ class WaitingRequests:
             before.starts_at_s = arranged.starts_at_s
             return before
         try:
-            rows = index.bytes_rows(index.rows_of(request.chain.hashes(count=hit)))
+            rows = index.bytes_rows(index.hit_rows(request.chain, hit))
         except InvalidRequest:
             rows = np.zeros(0, dtype=np.int32)  # its hashes are no chain: a Get would be refused
         namespace.queue(request, rows, request.order)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, DropReason
+from kvservice.blocks import NO_ROW, DropReason, Rows
 from kvservice.config import Config
 from kvservice.index import State
 from kvservice.leases import HoldKind
@@ -130,21 +130,28 @@ class Writing:
                     np.append(alive, namespace.index.parent[alive[0]]),
                     int(alive[-1]),
                 )
-        states = namespace.index.state[rows]
-        outcomes: list[Committed | DropReason] = [
-            DropReason.PREFIX_LOST
-            if row == NO_ROW
-            else (Committed.PUBLISHED if state == State.RESIDENT else Committed.AWAITING_PARENT)
-            for row, state in zip(rows.tolist(), states.tolist(), strict=True)
-        ]
+        outcomes = _outcomes(namespace, rows)
         namespace.pool.unhold(slots)
         hold.slots, hold.positions = hold.slots[~chosen], hold.positions[~chosen]
         if not len(hold.slots):
             self._holds.leases.end(hold)
             self._metrics.operations.put.observe(now_s - hold.granted_at_s)
-        return runs(outcomes)
+        return outcomes
 
     async def _make_room(self, namespace: Namespace, slots_wanted: int, front: int) -> None:
         followed = np.array([front] * (front != NO_ROW), dtype=np.int32)
         with sparing(namespace, followed):
             await self._space.make_room(namespace, slots_wanted)
+
+
+def _outcomes(namespace: Namespace, rows: Rows) -> list[tuple[int, Committed | DropReason]]:
+    """What became of committed rows (NO_ROW: gone before), as runs."""
+    states = namespace.index.state[rows]
+    if (states == State.RESIDENT).all() and (rows != NO_ROW).all():  # nearly always
+        return [(len(rows), Committed.PUBLISHED)]
+    return runs(
+        DropReason.PREFIX_LOST
+        if row == NO_ROW
+        else (Committed.PUBLISHED if state == State.RESIDENT else Committed.AWAITING_PARENT)
+        for row, state in zip(rows.tolist(), states.tolist(), strict=True)
+    )

@@ -32,7 +32,7 @@ def granted(slots: int, *, nvme: int, missed: int) -> Granted:
     pending: Mapping[int, Any] = {position: object() for position in range(slots - nvme, slots)}
     from_nvme = np.arange(slots) >= slots - nvme
     numbers = np.arange(slots, dtype=np.int32)
-    return Granted(1, 30.0, pool, range(slots), numbers, pending, from_nvme, missed, Miss.NOT_HELD)
+    return Granted(1, 30.0, pool, numbers, numbers, pending, from_nvme, missed, Miss.NOT_HELD)
 
 
 def requests() -> BlockRequests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -33,10 +34,14 @@ class Setting:
             BLOCKS, tuple(Piece(0, layer * BLOCKS * PIECE, PIECE, PIECE, layer) for layer in range(LAYERS))
         )
 
-    def submit(self, copier: Copier, blocks: list[int], sequence: int) -> None:
+    def submit(
+        self, copier: Copier, blocks: list[int], sequence: int, has_begun: Callable[[], None] = lambda: None
+    ) -> None:
         host = np.uint64(self.host.ctypes.data) + np.arange(len(blocks), dtype=np.uint64) * np.uint64(LAYERS * PIECE)
         plan = Plan(self.geometry, np.array([self.cache], dtype=np.uint64))
-        copier.submit(plan, np.array(blocks), host, lane_address=self.lane.ctypes.data, sequence=sequence)
+        copier.submit(
+            plan, np.array(blocks), host, lane_address=self.lane.ctypes.data, sequence=sequence, has_begun=has_begun
+        )
 
     @property
     def ended(self) -> int:
@@ -83,6 +88,17 @@ def test_progress_rises_by_layers_and_the_end_is_told_last(gpu: FakeGpu) -> None
     copier.drain()
     assert [line.rsplit(" ", 1)[0] for line in order] == [f"layer {layer}" for layer in range(LAYERS)]
     assert setting.ended == 1
+    copier.close()
+
+
+@pytest.mark.parametrize(("blocks", "groups"), [(BLOCKS, LAYERS), (1, 1)])
+def test_who_submits_hears_when_the_first_of_several_groups_is_queued(gpu: FakeGpu, blocks: int, groups: int) -> None:
+    setting = Setting(gpu)
+    copier = Copier(setting.context, Direction.LOAD)
+    queued: list[int] = []
+    setting.submit(copier, list(range(blocks)), sequence=1, has_begun=lambda: queued.append(gpu.queued_copies))
+    assert queued == [gpu.queued_copies // LAYERS] * (groups > 1)
+    copier.drain()
     copier.close()
 
 

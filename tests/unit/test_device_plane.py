@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -114,13 +115,39 @@ def test_what_waits_to_be_queued_when_its_engine_leaves_is_never_written(gpu: Fa
 
     async def work() -> None:
         registration = await setting.register()
+        may_queue = threading.Event()
+        setting.plane._gpus[UUID]._queuing[Direction.LOAD].submit(may_queue.wait)
         copy = setting.start(registration)
-        setting.plane.forget(1)  # before the thread that queues has had its turn
+        setting.plane.forget(1)
+        may_queue.set()
         assert await copy.done is False
+        assert copy.begun.is_set(), "who waits for it to begin waits for ever"
         assert gpu.queued_copies == 0
         assert setting.done == ["0/1"]
         await asyncio.gather(*setting.plane._tasks)
         assert not gpu.opened
+        setting.plane.close()
+
+    run(work())
+
+
+def test_a_copy_has_begun_when_it_is_queued_or_waits_behind_another(gpu: FakeGpu) -> None:
+    setting = Setting(gpu)
+
+    async def work() -> None:
+        registration = await setting.register()
+        may_queue = threading.Event()
+        setting.plane._gpus[UUID]._queuing[Direction.LOAD].submit(may_queue.wait)
+        first = setting.start(registration, lane=0)
+        second = setting.start(registration, lane=1)
+        assert not first.begun.is_set()
+        assert second.begun.is_set()
+        with gpu.held():
+            may_queue.set()
+            await first.begun.wait()
+            assert gpu.queued_copies
+            assert not first.done.done()
+        await setting.plane.until_quiet([first, second])
         setting.plane.close()
 
     run(work())

@@ -168,7 +168,10 @@ def test_the_hit_length_is_that_of_a_linear_scan(operations: list[tuple[str, int
     for block_hash in [*model.parent, ROOT]:
         path = model.path(block_hash) + strangers
         if path:
-            assert hit_length(index, path) == model.hit_length(path)
+            hit = model.hit_length(path)
+            assert hit_length(index, path) == hit
+            of_hit = index.hit_rows(Chain(b"".join(path), SIZE_BYTES), hit)
+            assert [index.hash_of(row) for row in of_hit.tolist()] == path[:hit]
             known = index.rows_of(path)
             assert [index.hash_of(row) for row in known.tolist()] == path[: len(path) - absent]
 
@@ -216,6 +219,24 @@ def test_hashes_that_are_not_one_chain_are_refused(chain: list[BlockHash], messa
     assert refusal.value.field == "hashes"
     index.check()
     assert hit_length(index, names(1, 2, 3, 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (names(1, 9, 3, 4), "hash 1 is not held but a later one is"),
+        (names(9, 2, 3, 4), "hash 0 is not held but a later one is"),
+        (names(1, 2, 10, 4), "hash 2 is held behind another block"),
+        (names(1, 2, 2, 4), "hash 2 is held behind another block"),
+    ],
+)
+def test_a_hit_whose_front_is_not_its_chain_is_refused(chain: list[BlockHash], message: str) -> None:
+    index = Index()
+    stored(index, names(1, 2, 3, 4))
+    stored(index, names(10, 11))
+    assert hit_length(index, chain) == 4, "bisection looks at a few hashes only"
+    with pytest.raises(InvalidRequest, match=message):
+        index.hit_rows(Chain(b"".join(chain), SIZE_BYTES), 4)
 
 
 def test_a_tail_must_follow_the_parent_that_it_names() -> None:

@@ -157,7 +157,7 @@ def test_handles_are_runs_of_one_segment_each(pool: SlotPool) -> None:
 def test_a_get_hands_out_the_prefix_and_says_why_it_ends(pool: SlotPool) -> None:
     slots = np.array([0, 1], dtype=np.int32)
     first = pool.live_segments()[0][1].segment_id
-    response = messages.get_response(outcomes.Granted(77, 30.5, pool, [0, 1], slots, {}, NO_NVME, 3, Miss.NOT_HELD))
+    response = messages.get_response(outcomes.Granted(77, 30.5, pool, slots, slots, {}, NO_NVME, 3, Miss.NOT_HELD))
     assert (response.lease_id, response.lease_ms) == (77, 30_500)
     assert list(response.runs) == [
         pb.GetRun(blocks=2, handles=handles(first, [0, 1])),
@@ -168,19 +168,18 @@ def test_a_get_hands_out_the_prefix_and_says_why_it_ends(pool: SlotPool) -> None
 
 def test_blocks_over_the_callers_limit_are_all_over_the_limit(pool: SlotPool) -> None:
     slots = np.array([0], dtype=np.int32)
-    response = messages.get_response(outcomes.Granted(77, 30.0, pool, [0], slots, {}, NO_NVME, 3, Miss.OVER_LIMIT))
+    response = messages.get_response(outcomes.Granted(77, 30.0, pool, slots, slots, {}, NO_NVME, 3, Miss.OVER_LIMIT))
     assert [(run.blocks, run.miss) for run in response.runs[1:]] == [(3, pb.MISS_REASON_OVER_LIMIT)]
 
 
 def test_a_get_of_nothing_has_no_lease(pool: SlotPool) -> None:
-    response = messages.get_response(outcomes.Granted(0, 0.0, pool, [], NO_SLOTS, {}, NO_NVME, 1, Miss.NOT_HELD))
+    response = messages.get_response(outcomes.Granted(0, 0.0, pool, NO_SLOTS, NO_SLOTS, {}, NO_NVME, 1, Miss.NOT_HELD))
     assert response == pb.GetResponse(runs=[pb.GetRun(blocks=1, miss=pb.MISS_REASON_NOT_HELD)])
 
 
 def test_a_full_hit_has_no_miss(pool: SlotPool) -> None:
-    response = messages.get_response(
-        outcomes.Granted(5, 1.0, pool, [4, 5], np.array([4, 5], dtype=np.int32), {}, NO_NVME, 0, Miss.NOT_HELD)
-    )
+    slots = np.array([4, 5], dtype=np.int32)
+    response = messages.get_response(outcomes.Granted(5, 1.0, pool, slots, slots, {}, NO_NVME, 0, Miss.NOT_HELD))
     assert [(run.blocks, run.WhichOneof("outcome")) for run in response.runs] == [(2, "handles")]
 
 
