@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice.blocks import BlockHash, DropReason
 
 
@@ -37,9 +40,13 @@ class History:
         """The departure of that hash if it is still remembered."""
         return self._departures.get(block_hash)
 
-    def find_all(self, hashes: Iterable[BlockHash]) -> list[Departure | None]:
-        """The same for each of these hashes."""
-        return list(map(self._departures.get, hashes))
+    def memories(self, hashes: Iterable[BlockHash]) -> NDArray[np.int64]:
+        """What the policy had remembered of each of these hashes; 0 where the departure is not known."""
+        departures = list(map(self._departures.get, hashes))
+        memories = np.zeros(len(departures), dtype=np.int64)
+        if departures.count(None) < len(departures):  # rarely
+            memories[:] = [departure.memory if departure else 0 for departure in departures]
+        return memories
 
     def horizon_s(self, now_s: float) -> float:
         """Age of the oldest departure remembered; 0.0 when there is none."""

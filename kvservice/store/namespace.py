@@ -20,7 +20,7 @@ from kvservice.history import Departure, History
 from kvservice.index import Index, State
 from kvservice.instances import Instance
 from kvservice.metrics import Metrics
-from kvservice.policies import NO_MEMORY, EvictionPolicy, Memories, Window, make_policy, nothing_remembered
+from kvservice.policies import NO_MEMORY, EvictionPolicy, Memories, Window, make_policy
 from kvservice.sessions import Sessions, session_key
 from kvservice.store.arrivals import Arrival
 
@@ -331,11 +331,7 @@ class Namespace:
 
     def _memories(self, rows: Rows) -> Memories:
         """What the policy had remembered of blocks with these rows' hashes when they left before."""
-        departures = self.history.find_all(map(self.index.hash_of, rows.tolist()))
-        if departures.count(None) == len(departures):  # nearly always
-            return nothing_remembered(rows)
-        memories = (departure.memory if departure else NO_MEMORY for departure in departures)
-        return np.fromiter(memories, dtype=np.int64, count=len(rows))
+        return self.history.memories(map(self.index.hash_of, rows.tolist()))
 
     def _tell_needed(self, rows: Rows) -> None:
         if len(rows):

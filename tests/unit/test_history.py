@@ -25,6 +25,13 @@ def test_a_departure_is_found_by_its_hash() -> None:
     assert history.find(name(2)) is None
 
 
+def test_memories_are_those_of_the_departures_that_are_known() -> None:
+    history = History(blocks_max=10)
+    history.remember(name(2), Departure(DropReason.CAPACITY, 5.0, 1.5, memory=77))
+    assert history.memories([name(1), name(2), name(3)]).tolist() == [0, 77, 0]
+    assert history.memories([name(1), name(3)]).tolist() == [0, 0]
+
+
 def test_the_newest_departure_of_a_hash_counts() -> None:
     history = History(blocks_max=10)
     history.remember(name(1), departure(5.0))
