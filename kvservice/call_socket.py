@@ -236,22 +236,22 @@ class CallConnection(asyncio.Protocol):
         else:
             self._answer(pb.SocketAnswer(response=response.SerializeToString()))
 
-    def _refuse(self, error: KVServiceError) -> None:
-        self._answer(pb.SocketAnswer(error=error_detail(error, where="call_socket")[1]))
-
     def _cut_off(self, error: KVServiceError) -> None:
         """Say why, and hang up."""
         _log.info("connection_broken", why=str(error))
-        self._refuse(error)
-        if self._transport is not None:
-            self._transport.close()
+        self._refuse(error, last=True)
+
+    def _refuse(self, error: KVServiceError, *, last: bool = False) -> None:
+        self._answer(pb.SocketAnswer(error=error_detail(error, where="call_socket")[1], last=last))
 
     def _answer(self, answer: pb.SocketAnswer) -> None:
         transport = self._transport
         if transport is None or transport.is_closing():
             return
+        if self._calls.is_stopping:
+            answer.last = True
         body = answer.SerializeToString()
         transport.write(_LENGTH.pack(len(body)) + body)
         self._calls.answered.inc()
-        if self._calls.is_stopping:
+        if answer.last:
             transport.close()

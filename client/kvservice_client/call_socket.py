@@ -84,7 +84,10 @@ class CallSocket:
             if isinstance(error, (OSError, DecodeError)):
                 raise DaemonUnreachable(f"the daemon does not answer ({error})") from None
             raise
-        self._give_back(connection)
+        if answer.last:
+            self._drop(connection)
+        else:
+            self._give_back(connection)
         if answer.WhichOneof("outcome") == "error":
             raise from_detail(answer.error)
         return answer.response

@@ -26,7 +26,7 @@ OF = namespace(block_size_bytes=4096)
 
 
 def link_of(client: kv.Client) -> Link:
-    return client._attachment.link()
+    return client.link
 
 
 def without_grpc(client: kv.Client) -> None:
@@ -256,17 +256,16 @@ def test_a_connection_that_ended_while_it_was_idle_is_replaced(
     assert client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD
 
 
-def test_calls_of_a_process_whose_token_ended_are_unauthenticated(
-    daemon_thread: DaemonThread, make_client: MakeClient
-) -> None:
+def test_a_client_whose_token_ended_attaches_again(daemon_thread: DaemonThread, make_client: MakeClient) -> None:
     client = make_client(daemon_thread.socket_dir, OF)
-    link = link_of(client)
     assert client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD
     (instance,) = daemon_thread.on_loop(lambda: list(daemon_thread.store.instances))
-    daemon_thread.on_loop(lambda: daemon_thread.store.hang_up(instance))
+    # Of its token alone: nothing but the next call says so.
+    daemon_thread.on_loop(lambda: daemon_thread.store.instances.hang_up(instance))
     with pytest.raises(kv.Unauthenticated):
-        link.call("Lookup", pb.LookupRequest(namespace_id=1), 5)
-    eventually(lambda: client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD, what="it attached again")
+        client.link.call("Lookup", pb.LookupRequest(namespace_id=1), 5)
+    eventually(lambda: client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD)
+    daemon_thread.on_loop(lambda: daemon_thread.store.hang_up(instance))
 
 
 # --------------------------------------------------------------- deadlines, deaths

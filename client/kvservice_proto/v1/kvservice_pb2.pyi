@@ -1185,12 +1185,14 @@ class SocketCall(_message.Message):
     def __init__(self, method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
 class SocketAnswer(_message.Message):
-    __slots__ = ("response", "error")
+    __slots__ = ("response", "error", "last")
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     response: bytes
     error: ErrorDetail
-    def __init__(self, response: _Optional[bytes] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
+    last: bool
+    def __init__(self, response: _Optional[bytes] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., last: bool = ...) -> None: ...
 
 class SocketWelcome(_message.Message):
     __slots__ = ("token", "daemon_epoch")
