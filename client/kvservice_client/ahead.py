@@ -236,7 +236,7 @@ class AheadOfNeed:
     def pack(self, hashes: Sequence[bytes]) -> bytes:
         """The hashes as messages carry them. Raises InvalidRequest: one has another size than the namespace's."""
         size = self.namespace.hash_size_bytes
-        if set(map(len, hashes)) - {size}:
+        if list(map(len, hashes)).count(size) != len(hashes):
             raise InvalidRequest(f"every hash of this namespace has {size} bytes")
         return b"".join(hashes)
 

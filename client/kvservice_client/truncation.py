@@ -35,6 +35,8 @@ def kept_blocks(response: pb.TruncateResponse) -> tuple[KeptBlocks, ...]:
 
 def shifted_blocks(shifts: Sequence[int], blocks: int) -> tuple[ShiftedBlocks, ...]:
     """Runs of the leading blocks whose shift is the same and not 0."""
+    if not any(shifts[:blocks]):  # nearly always
+        return ()
     runs: list[ShiftedBlocks] = []
     start = 0
     for position in range(1, blocks + 1):

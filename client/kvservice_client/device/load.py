@@ -14,7 +14,9 @@ from kvservice_cuda.copier import progress
 from kvservice_cuda.driver import Context, stream_handle
 
 _TICK_S = 0.002
-_POLL_S_MIN, _POLL_S_MAX = 20e-6, 200e-6
+_POLL_S_MIN, _POLL_S_MAX = 20e-6, 1e-3
+_LATE = 1 / 256
+"""Who waits notices the end late by this part of the time that it took."""
 _GRACE_S = 1.0
 """After a daemon's end: its queued copies end with it, or within the time that the bus needs for them."""
 
@@ -116,13 +118,12 @@ class Transfer:
 
 
 def _wait(is_so: Callable[[], bool], timeout_s: float) -> bool:
-    ends_at_s = time.monotonic() + timeout_s
-    pause_s = _POLL_S_MIN
+    began_s = time.monotonic()
     while not is_so():
-        if time.monotonic() > ends_at_s:
+        waited_s = time.monotonic() - began_s
+        if waited_s > timeout_s:
             return False
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _POLL_S_MAX)
+        time.sleep(min(max(_POLL_S_MIN, _LATE * waited_s), _POLL_S_MAX))
     return True
 
 

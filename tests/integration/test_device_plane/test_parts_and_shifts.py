@@ -14,7 +14,7 @@ from kvservice_client import Reason
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain
 from tests.devices import FakeGpu
-from tests.integration.test_device_plane.conftest import Engine, MakeEngine
+from tests.integration.test_device_plane.conftest import BLOCKS, Engine, MakeEngine
 
 pytestmark = pytest.mark.integration
 
@@ -107,6 +107,18 @@ def test_block_ids_are_those_from_the_first_on(make_engine: MakeEngine) -> None:
     for block_ids, first in (([1, 2], 2), ([1], 4), ([1], -1), ([1, 2, 3, 4], -1)):
         with pytest.raises(kv.InvalidRequest, match="hashes from place"):
             engine.kv.load(chain("a", 3), block_ids, first=first)
+
+
+@pytest.mark.parametrize(
+    "block_ids", [[BLOCKS, 1], [1, -1], range(-1, 1), range(BLOCKS - 1, BLOCKS + 1), range(0, -2, -1)]
+)
+def test_block_ids_outside_the_cache_are_refused(make_engine: MakeEngine, block_ids: Sequence[int]) -> None:
+    engine = make_engine()
+    with pytest.raises(kv.InvalidRequest, match="the cache has 16 blocks"):
+        engine.kv.load(chain("a", 2), block_ids)
+    with pytest.raises(kv.InvalidRequest, match="the cache has 16 blocks"):
+        engine.kv.save(chain("a", 2), block_ids)
+    assert engine.kv.save(chain("a", 2), range(BLOCKS - 1, BLOCKS - 3, -1)).saved == 2
 
 
 @pytest.mark.parametrize("revision", [0, 1])
