@@ -34,7 +34,9 @@ ROPE = Rope(tuple(100.0 ** (-pair / 2) for pair in range(2)))
 class Rig(Transfers):
     """An engine with keys and values apart, [2, blocks, tokens, dim] per layer, and a buffer of a few blocks."""
 
-    def __init__(self, gpu: FakeGpu, daemon: DaemonThread, *, load_timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, gpu: FakeGpu, daemon: DaemonThread, *, save_threads: int = 1, load_timeout_s: float = 5.0
+    ) -> None:
         shape = (2, BLOCKS, TOKENS, DIM)
         self.caches = [
             self._memory(gpu, 4 * torch.Size(shape).numel()).view(torch.float32).view(shape) for _ in range(LAYERS)
@@ -57,7 +59,8 @@ class Rig(Transfers):
         )
         halves = [[half.view(torch.uint8).view(BLOCKS, -1) for half in tensor] for tensor in self.caches]
         mover = FakeMover(gpu, streams, halves)
-        super().__init__(client, BufferedBlocks(self.buffer, mover, layout, rope=ROPE), load_timeout_s=load_timeout_s)
+        memory = BufferedBlocks(self.buffer, mover, layout, rope=ROPE)
+        super().__init__(client, memory, save_threads=save_threads, load_timeout_s=load_timeout_s)
 
     def blocks(self, *block_ids: int) -> torch.Tensor:
         """A copy, [layers, 2, blocks, tokens, dim]."""
@@ -141,6 +144,27 @@ def test_more_blocks_than_the_buffer_has_room_for_are_gathered_in_turn_and_neede
     assert not rig.failed
     assert torch.equal(rig.blocks(*blocks), before)
     eventually(lambda: rig.buffer.free_blocks == BUFFER_BLOCKS)
+
+
+def test_two_threads_save_through_one_buffer(gpu: FakeGpu, daemon: DaemonThread) -> None:
+    rig = Rig(gpu, daemon, save_threads=2)
+    chains = {"gathered": [0, 1, 2], "large": list(range(3, 15)), "large too": list(range(15, 27)), "last": [27, 28]}
+    before = rig.blocks(*range(BLOCKS))
+    for name, block_ids in chains.items():
+        rig.order_save(name, block_ids)
+    eventually(lambda: rig.saves.take_done(set(chains)) == set(chains))
+    for name, block_ids in chains.items():
+        rig.wait_held(name, len(block_ids))
+    counted = rig.counters.take()
+    assert not [name for name in counted if name.startswith("unsaved_blocks")], counted
+    for tensor in rig.caches:
+        tensor.zero_()
+    for name, block_ids in chains.items():
+        rig.load(name, 0, block_ids)
+        assert torch.equal(rig.blocks(*block_ids), before[:, :, block_ids]), name
+    assert not rig.failed
+    eventually(lambda: rig.buffer.free_blocks == BUFFER_BLOCKS)
+    rig.close()
 
 
 def test_what_waits_to_be_gathered_is_not_read_after_it_changed_hands(rig: Rig, gpu: FakeGpu) -> None:

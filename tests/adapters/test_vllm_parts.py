@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 import kvservice_client as kv
 from kvservice_adapters.speed import PrefillSpeed
-from kvservice_adapters.vllm.blocks import HostBlocks, HostCopies
 from kvservice_adapters.vllm.counters import Counters
-from kvservice_adapters.vllm.layout import layout_of
 from kvservice_adapters.vllm.lookups import Held, Lookups
 from kvservice_adapters.vllm.options import AdapterOptions
-from kvservice_adapters.vllm.orders import LoadOrder, SaveOrder
 from kvservice_adapters.vllm.queue import QueueTeller
-from kvservice_adapters.vllm.transfers import Loads, Saves
 from kvservice_adapters.vllm.waiting import TrackedRequest, WaitingRequests, tags_of
-from kvservice_client.memory import ThreadedCopier
 from tests.blocks import chain
-from tests.daemons import DaemonThread
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.integration
@@ -225,134 +217,3 @@ def test_what_is_not_worth_loading_is_asked_for_again_when_it_is_due() -> None:
 def test_blocks_that_do_not_come_in_time_are_left_out() -> None:
     held = asked(Answers((6, 2)), promotion_wait_s=0.05)
     assert (held.blocks, held.is_ready) == (2, True)
-
-
-# ------------------------------------------------------------------- transfers
-
-
-class GatedCopies(HostCopies):
-    """Engine blocks whose next read waits until it is let through."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.begun = threading.Event()
-        self.reads = 0
-
-    def read(self, block_ids: Sequence[int], addresses: Sequence[int]) -> None:
-        self.begun.set()
-        assert self.gate.wait(30)
-        self.reads += 1
-        super().read(block_ids, addresses)
-
-
-class Rig:
-    """Saves and loads between a tensor and a real daemon."""
-
-    def __init__(self, daemon: DaemonThread) -> None:
-        self.daemon = daemon
-        self.tensor = torch.randint(0, 255, (ENGINE_BLOCKS, BLOCK_BYTES), dtype=torch.uint8)
-        self.copies = GatedCopies(layout_of({"layer": self.tensor}, blocks=ENGINE_BLOCKS), ThreadedCopier(threads=1))
-        self.client = kv.attach(kv.Namespace(b"f" * 32, "rig", BLOCK_BYTES, 16), socket_dir=daemon.socket_dir)
-        self.counters = Counters()
-        memory = HostBlocks(self.client, self.copies)
-        self.saves = Saves(memory, self.counters, waiting_max=4, timeout_s=5.0)
-        self.loads = Loads(memory, self.counters, threads=1, timeout_s=5.0)
-
-    def save(self, name: str, blocks: int, first: int = 0) -> None:
-        ids = tuple(range(first, first + blocks))
-        self.saves.order([SaveOrder(name, "", tuple(chain(name, blocks, start=first)), first, ids)])
-
-    def held(self, name: str, blocks: int) -> int:
-        return self.client.lookup(chain(name, blocks)).blocks
-
-    def close(self) -> None:
-        self.copies.gate.set()
-        self.saves.stop()
-        self.loads.stop()
-        self.client.close()
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with DaemonThread(tmp_path / "s") as daemon:
-        made = Rig(daemon)
-        yield made
-        made.close()
-        daemon.wait_no_instances()
-
-
-def test_what_is_saved_is_loaded_into_other_blocks(rig: Rig) -> None:
-    rig.save("a", 6)
-    rig.save("a", 2, first=6)
-    eventually(lambda: rig.saves.take_done({"a"}) == {"a"})
-    rig.loads.order(LoadOrder("r", "", tuple(chain("a", 8)), 3, (40, 41, 42, 43, 44)))
-    eventually(lambda: rig.loads.ended().request_ids == {"r"})
-    assert torch.equal(rig.tensor[40:45], rig.tensor[3:8])
-
-
-def test_what_is_not_held_is_named_block_by_block(rig: Rig) -> None:
-    rig.save("a", 4)
-    eventually(lambda: rig.held("a", 4) == 4)
-    rig.loads.order(LoadOrder("r", "", tuple(chain("a", 7)), 2, (40, 41, 42, 43, 44)))
-    failed: set[int] = set()
-
-    def is_over() -> bool:
-        ended = rig.loads.ended()
-        failed.update(ended.failed_block_ids)
-        return ended.request_ids == {"r"}
-
-    eventually(is_over)
-    assert failed == {42, 43, 44}
-    assert torch.equal(rig.tensor[40:42], rig.tensor[2:4])
-
-
-def test_blocks_that_change_hands_are_not_read(rig: Rig) -> None:
-    rig.copies.gate.clear()
-    rig.save("reading", 3)
-    assert rig.copies.begun.wait(30)
-    rig.save("waiting", 3)
-    released = threading.Event()
-
-    def release() -> None:
-        rig.saves.stop_reading(["waiting", "reading"])
-        released.set()
-
-    thread = threading.Thread(target=release)
-    thread.start()
-    assert not released.wait(0.1), "it did not wait for the copy that is under way"
-    rig.copies.gate.set()
-    assert released.wait(30)
-    thread.join()
-    rig.save("next", 1)
-    eventually(lambda: rig.held("next", 1) == 1)
-    assert rig.copies.reads == 2
-    assert rig.held("waiting", 3) == 0
-
-
-def test_a_chain_whose_beginning_has_left_is_saved_from_its_root(rig: Rig) -> None:
-    rig.save("a", 4)
-    eventually(lambda: rig.held("a", 4) == 4)
-    rig.client.forget_namespace()
-    rig.save("a", 2, first=4)
-    eventually(lambda: rig.held("a", 6) == 6)
-
-
-def test_saves_that_wait_are_bounded_and_made_up_for(rig: Rig) -> None:
-    rig.copies.gate.clear()
-    rig.save("first", 1)
-    assert rig.copies.begun.wait(30)
-    for position in range(6):
-        rig.save("many", 1, first=position)
-    assert rig.counters.take()["unsaved_blocks:queue_full"] == 2
-    rig.copies.gate.set()
-    eventually(lambda: rig.held("many", 4) == 4)
-    rig.save("many", 1, first=6)
-    eventually(lambda: rig.held("many", 7) == 7)
-
-
-def test_a_load_that_was_not_begun_ends_all_the_same(rig: Rig) -> None:
-    rig.loads.give_up([LoadOrder("r", "", tuple(chain("a", 2)), 0, (5, 6))])
-    ended = rig.loads.ended()
-    assert (ended.request_ids, ended.failed_block_ids) == ({"r"}, {5, 6})

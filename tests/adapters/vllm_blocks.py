@@ -29,11 +29,13 @@ class Transfers:
         failed: blocks that loads did not fill.
     """
 
-    def __init__(self, client: kv.Client, memory: BlockMemory, *, load_timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, client: kv.Client, memory: BlockMemory, *, save_threads: int = 1, load_timeout_s: float = 5.0
+    ) -> None:
         self.client = client
         self.memory = memory
         self.counters = Counters()
-        self.saves = Saves(memory, self.counters, waiting_max=4, timeout_s=5.0)
+        self.saves = Saves(memory, self.counters, threads=save_threads, waiting_max=4, timeout_s=5.0)
         self.loads = Loads(memory, self.counters, threads=2, timeout_s=load_timeout_s)
         self.failed: set[int] = set()
 

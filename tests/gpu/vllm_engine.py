@@ -75,7 +75,7 @@ class Engine:
         )
         self.memory, way = gpu_blocks(self.client, found, None if self.is_split else self._keys())
         self.counters = Counters()
-        self.saves = Saves(self.memory, self.counters, waiting_max=64, timeout_s=20.0)
+        self.saves = Saves(self.memory, self.counters, threads=2, waiting_max=64, timeout_s=20.0)
         self.loads = Loads(self.memory, self.counters, threads=2, timeout_s=load_timeout_s)
         self.failed: set[int] = set()
         self.over: set[str] = set()

@@ -93,7 +93,9 @@ class BufferedBlocks:
         self._mover = mover
         self._rope = rope
         self.blocks_at_once = max(1, buffer.blocks // 2)
-        """How many are gathered at most before room is given back: loads want some too."""
+        """How many of a step are gathered at most: loads want room too."""
+        self.blocks_later = max(1, buffer.blocks // 4)
+        """How many a thread that saves gathers at most before it gives room back: others want some too."""
         self._loading, self._saving = OwnStream(layout.device), OwnStream(layout.device)
 
     def fence(self) -> Fence | None:
@@ -204,7 +206,7 @@ class _LaterSource:
         if self.after is not None:
             self.after.synchronize()
         ends_at_s = time.monotonic() + call.deadline_s
-        blocks, start, at_once = len(call.hashes), 0, self.memory.blocks_at_once
+        blocks, start, at_once = len(call.hashes), 0, self.memory.blocks_later
         result = SaveResult()
         while start < blocks:
             end = min(start + at_once, blocks)

@@ -24,6 +24,7 @@ class AdapterOptions:
         load_timeout_s: how long a load may take before its blocks are computed instead.
         save_timeout_s: how long one save may take before it is given up.
         saves_waiting_max: saves (one per request and step) that may wait; further ones are dropped.
+        save_threads: saves at a time, never two of one request.
         load_threads: loads at a time.
         copy_threads: threads per copy.
         gpu_buffer_mib: GPU memory for blocks on their way, where the engine's are many small pieces; 0: 3 % of it.
@@ -39,6 +40,7 @@ class AdapterOptions:
     load_timeout_s: float = 10.0
     save_timeout_s: float = 10.0
     saves_waiting_max: int = 256
+    save_threads: int = 2
     load_threads: int = 4
     copy_threads: int = 2
     gpu_buffer_mib: int = 0

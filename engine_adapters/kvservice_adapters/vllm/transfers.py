@@ -114,6 +114,7 @@ class _Chain:
 
     Attributes:
         waiting: saves that still need the engine's blocks.
+        is_being_saved: whether a thread is at one of its saves; the next waits for its end, as it hangs on it.
     """
 
     changed: threading.Condition
@@ -122,6 +123,7 @@ class _Chain:
     waiting: int = 0
     keeps_blocks: bool = True
     is_read: bool = False
+    is_being_saved: bool = False
 
     @contextmanager
     def reading(self) -> Iterator[bool]:
@@ -146,9 +148,11 @@ class _Save:
 
 
 class Saves:
-    """One thread that has full blocks stored, in the order in which they were filled."""
+    """Threads that have full blocks stored; a request's one after the other, in the order in which they were filled."""
 
-    def __init__(self, memory: BlockMemory, counters: Counters, *, waiting_max: int, timeout_s: float) -> None:
+    def __init__(
+        self, memory: BlockMemory, counters: Counters, *, threads: int, waiting_max: int, timeout_s: float
+    ) -> None:
         self._memory = memory
         self._counters = counters
         self._waiting_max = waiting_max
@@ -157,8 +161,12 @@ class Saves:
         self._chains: dict[str, _Chain] = {}
         self._queue: deque[tuple[_Save, Source]] = deque()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="kvservice-save", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvservice-save-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def order(self, orders: Sequence[SaveOrder]) -> None:
         """Save these blocks after the step that was just launched."""
@@ -192,11 +200,13 @@ class Saves:
         return done
 
     def stop(self) -> None:
-        """Save what waits, then end the thread."""
+        """Save what waits, then end the threads."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join(self._timeout_s)
+        ends_at_s = time.monotonic() + self._timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, ends_at_s - time.monotonic()))
 
     def _accepted(self, orders: Sequence[SaveOrder], room: int) -> list[_Save]:
         saves: list[_Save] = []
@@ -216,16 +226,12 @@ class Saves:
             saves.append(_Save(order.request_id, order.session_id, chain, order.first, len(chain.hashes)))
         return saves
 
-    # ---------------------------------------------------------------- the thread
+    # --------------------------------------------------------------- the threads
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
-                if not self._queue:
-                    return
-                save, source = self._queue.popleft()
-                needed_blocks = source.needs_blocks
+        while (taken := self._take()) is not None:
+            save, source = taken
+            needed_blocks = source.needs_blocks
             try:
                 self._save(save, source)
             except Exception as error:  # noqa: BLE001  # whatever it was costs these blocks only, and is told
@@ -234,7 +240,20 @@ class Saves:
             finally:
                 with self._changed:
                     save.chain.waiting -= needed_blocks
+                    save.chain.is_being_saved = False
                     self._changed.notify_all()
+
+    def _take(self) -> tuple[_Save, Source] | None:
+        """The first save that no other has to precede; None: there will be none. Blocks until either is so."""
+        with self._changed:
+            while self._queue or not self._stopping:
+                for at, (save, source) in enumerate(self._queue):
+                    if not save.chain.is_being_saved:
+                        save.chain.is_being_saved = True
+                        del self._queue[at]
+                        return save, source
+                self._changed.wait()
+        return None
 
     def _save(self, save: _Save, source: Source) -> None:
         if source.needs_blocks and not save.chain.keeps_blocks:

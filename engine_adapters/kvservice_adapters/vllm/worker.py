@@ -79,6 +79,7 @@ class WorkerHalf:
         self._saves = Saves(
             self._memory,
             self.counters,
+            threads=options.save_threads,
             waiting_max=options.saves_waiting_max,
             timeout_s=options.save_timeout_s,
         )
