@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice.errors import InvalidRequest
 from kvservice.service import getting, messages
 from kvservice.service.calls import Context
@@ -14,7 +17,7 @@ from kvservice_cuda.geometry import PIECES_MAX, Geometry, Piece
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _UUID_BYTES = 16
-_REVISION = 2
+_REVISION = 3
 """What clients may ask for: see RegisterDeviceResponse."""
 
 
@@ -68,7 +71,7 @@ class Devices:
             namespace,
             registration_id=request.device.registration_id,
             first=request.device.first,
-            block_ids=request.device.block_ids,
+            block_ids=_block_ids(request.device),
             lane=request.device.lane,
             sequence=request.device.sequence,
             attempt_id=request.attempt_id,
@@ -115,6 +118,15 @@ class Devices:
             response.runs.add(blocks=blocks, handles=pb.Handles(device=pb.DeviceHandles()), shift_tokens=shift)
         messages.add_misses(response, granted.asked - landed.blocks, landed.miss)
         yield response
+
+
+def _block_ids(device: pb.DeviceBlocks) -> NDArray[np.uint32]:
+    packed = device.packed_block_ids
+    if not packed:
+        return np.array(device.block_ids[:], dtype=np.uint32)  # what older clients send
+    if len(packed) % 4:
+        raise InvalidRequest(f"{len(packed)} bytes are not 32-bit block ids", field="packed_block_ids")
+    return np.frombuffer(packed, dtype="<u4")
 
 
 def _regions(request: pb.RegisterDeviceRequest) -> list[Region]:

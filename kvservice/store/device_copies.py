@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import Slots
 from kvservice.device import LANES, Copy, DevicePlane, Region, Registration
@@ -42,7 +43,7 @@ class DevicePlaces:
 
     registration: Registration
     first: int
-    block_ids: np.ndarray
+    block_ids: NDArray[np.uint32]
     lane: int
     sequence: int
     attempt_id: int
@@ -125,7 +126,7 @@ class DeviceCopies:
         *,
         registration_id: int,
         first: int,
-        block_ids: Sequence[int],
+        block_ids: NDArray[np.uint32],
         lane: int,
         sequence: int,
         attempt_id: int,
@@ -137,10 +138,10 @@ class DeviceCopies:
             raise InvalidRequest("the registration is of another namespace", field="registration_id")
         if len(block_ids) != hashes - first:
             raise InvalidRequest(f"{len(block_ids)} block ids for {hashes - first} hashes", field="block_ids")
-        ids = np.array(block_ids[:], dtype=np.uint32)  # a slice of a message's field is a list: half the time
-        if len(ids) and int(ids.max()) >= registration.geometry.blocks:
+        if len(block_ids) and int(block_ids.max()) >= registration.geometry.blocks:
             raise InvalidRequest(
-                f"block id {ids.max()}, and {registration.geometry.blocks} blocks are registered", field="block_ids"
+                f"block id {block_ids.max()}, and {registration.geometry.blocks} blocks are registered",
+                field="block_ids",
             )
         if not 0 <= lane < LANES:
             raise InvalidRequest(f"lane is {lane}, must be 0 to {LANES - 1}", field="lane")
@@ -148,7 +149,7 @@ class DeviceCopies:
             raise InvalidRequest(f"sequence is {sequence}, must be 1 to {SEQUENCE_MAX}", field="sequence")
         if len(registration.copies) >= LANES:
             raise Overloaded(f"{LANES} copies are under way for this registration")
-        return DevicePlaces(registration, first, ids, lane, sequence, attempt_id)
+        return DevicePlaces(registration, first, block_ids, lane, sequence, attempt_id)
 
     def load(self, instance: Peer, granted: Granted, places: DevicePlaces, blocks: int) -> Copy | None:
         """Begin to copy the leading `blocks` of a Load, all in DRAM now, as far as it wants them; and end its lease.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvservice_client.ahead import MISS_REASONS
 from kvservice_client.device.cache import DeviceCache
@@ -19,7 +22,7 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _REGISTER_TIMEOUT_S = 10.0
 _COMMIT_TIMEOUT_S = 10.0
-_REVISION = 2
+_REVISION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Call:
     """
 
     hashes: bytes
-    block_ids: Sequence[int]
+    block_ids: NDArray[np.uint32]
     session_id: str
     request_id: str
     deadline_s: float
@@ -85,7 +88,7 @@ class IpcPlane:
         self._registration_id: int = response.registration_id
         if response.revision < _REVISION:
             self.close()
-            raise NotExportable(f"no cuda-ipc: the daemon (version {link.welcome.daemon_version}) is older than Load")
+            raise NotExportable(f"no cuda-ipc: the daemon (version {link.welcome.daemon_version}) is too old")
         try:
             descriptor, size_bytes = link.device_progress(self._registration_id)
             self._lanes = Lanes(context, lanes=response.lanes, descriptor=descriptor, size_bytes=size_bytes)
@@ -219,7 +222,7 @@ class IpcPlane:
         device = request.device
         device.registration_id, device.lane, device.sequence = self._registration_id, lane, sequence
         device.first = call.first
-        device.block_ids.extend(call.block_ids)
+        device.packed_block_ids = call.block_ids.astype("<u4").tobytes()
         return Transfer(
             self._lanes,
             lane,

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice_client.ahead import MISS_REASONS
 from kvservice_client.device.cache import DeviceCache
@@ -54,7 +55,7 @@ class MappedPlane:
             copier.drain()
             copier.close()
 
-    def load(self, lease: Lease, block_ids: Sequence[int], deadline_s: float, *, first: int = 0) -> DeviceLoad:
+    def load(self, lease: Lease, block_ids: NDArray[np.uint32], deadline_s: float, *, first: int = 0) -> DeviceLoad:
         """Queue copies of the leased blocks from place `first` on; the lease is the load's from now on.
 
         Raises:
@@ -78,7 +79,7 @@ class MappedPlane:
     def save(
         self,
         reservation: Reservation,
-        block_ids: Sequence[int],
+        block_ids: NDArray[np.uint32],
         deadline_s: float,
         is_source_kept: Callable[[], bool],
     ) -> SaveResult:
@@ -91,7 +92,7 @@ class MappedPlane:
         if not reservation.reserved:
             return known
         views = [view for _, view in reservation.reserved]
-        ids = [block_ids[position] for position, _ in reservation.reserved]
+        ids = block_ids[[position for position, _ in reservation.reserved]]
         transfer = self._begin(Direction.SAVE, views, ids, deadline_s, lambda: True)
         if not transfer.wait(deadline_s) or not transfer.is_ok:
             # The reservation ends with this call, so nothing may write into its slots after it.
@@ -106,7 +107,7 @@ class MappedPlane:
         self,
         direction: Direction,
         views: Sequence[BlockView],
-        block_ids: Sequence[int],
+        block_ids: NDArray[np.uint32],
         deadline_s: float,
         on_quiet: Callable[[], bool],
     ) -> Transfer:
@@ -115,11 +116,10 @@ class MappedPlane:
             for segment in {view.segment for view in views}:
                 self._pin(segment)
             host = np.array([view.address for view in views], dtype=np.uint64)
-            blocks = np.array(block_ids, dtype=np.uint32)
             with self._locks[direction]:
                 try:
                     self._copiers[direction].submit(
-                        self._plan, blocks, host, lane_address=self._lanes.device_address(lane), sequence=sequence
+                        self._plan, block_ids, host, lane_address=self._lanes.device_address(lane), sequence=sequence
                     )
                 except CudaError:
                     self._copiers[direction].drain()

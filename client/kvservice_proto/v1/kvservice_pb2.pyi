@@ -599,18 +599,20 @@ class UnregisterDeviceResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DeviceBlocks(_message.Message):
-    __slots__ = ("registration_id", "block_ids", "lane", "sequence", "first")
+    __slots__ = ("registration_id", "block_ids", "packed_block_ids", "lane", "sequence", "first")
     REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     registration_id: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
+    packed_block_ids: bytes
     lane: int
     sequence: int
     first: int
-    def __init__(self, registration_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lane: _Optional[int] = ..., sequence: _Optional[int] = ..., first: _Optional[int] = ...) -> None: ...
+    def __init__(self, registration_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., packed_block_ids: _Optional[bytes] = ..., lane: _Optional[int] = ..., sequence: _Optional[int] = ..., first: _Optional[int] = ...) -> None: ...
 
 class DeviceStats(_message.Message):
     __slots__ = ("name", "uuid", "state", "registrations", "registered_bytes")

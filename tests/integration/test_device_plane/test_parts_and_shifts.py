@@ -1,4 +1,4 @@
-"""Loads of a part of a chain, and of blocks that moved: on both planes, and with a daemon that is older than Load."""
+"""Loads of a part of a chain, and of blocks that moved: on both planes, and with a daemon that is too old."""
 
 from __future__ import annotations
 
@@ -121,14 +121,14 @@ def test_block_ids_outside_the_cache_are_refused(make_engine: MakeEngine, block_
     assert engine.kv.save(chain("a", 2), range(BLOCKS - 1, BLOCKS - 3, -1)).saved == 2
 
 
-@pytest.mark.parametrize("revision", [0, 1])
-def test_with_a_daemon_that_is_older_than_load_the_client_copies_itself(
+@pytest.mark.parametrize("revision", [0, 1, 2])
+def test_with_a_daemon_that_is_too_old_the_client_copies_itself(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, revision: int
 ) -> None:
     monkeypatch.setattr(devices, "_REVISION", revision)
     engine = make_engine()
     assert engine.kv.plane.name == "mapped"
-    assert "older than Load" in engine.kv.plane.why
+    assert "is too old" in engine.kv.plane.why
     assert not engine.client.stats().devices[0].registrations
     overflow(engine)
     load = engine.kv.load(NEW, [8, 9, 10, 11], session_id="talk", accepts_shifts=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from struct import pack
 
 import pytest
 
@@ -72,6 +73,9 @@ def test_a_cache_that_does_not_fit_is_refused_and_nothing_stays_open(
         ({"registration_id": 1}, kv.LeaseUnknown, "register again"),
         ({"block_ids": [BLOCKS, 0]}, kv.InvalidRequest, "16 blocks are registered"),
         ({"block_ids": [0]}, kv.InvalidRequest, "1 block ids for 2 hashes"),
+        ({"packed_block_ids": pack("<3I", 0, 1, 2)}, kv.InvalidRequest, "3 block ids for 2 hashes"),
+        ({"packed_block_ids": pack("<2I", 0, BLOCKS)}, kv.InvalidRequest, "16 blocks are registered"),
+        ({"packed_block_ids": bytes(7)}, kv.InvalidRequest, "7 bytes are not 32-bit block ids"),
         ({"lane": 256}, kv.InvalidRequest, "lane is 256"),
         ({"sequence": 0}, kv.InvalidRequest, "sequence is 0"),
         ({"sequence": 1 << 50}, kv.InvalidRequest, "sequence is"),
