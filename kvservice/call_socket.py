@@ -199,7 +199,7 @@ class CallConnection(asyncio.Protocol):
             return
         handle = self._calls.control.unary.get(call.method)
         if handle is None:
-            self._refuse(InvalidRequest(f"no unary method {call.method!r}", field="method"))
+            self._refuse(InvalidRequest(f"no unary method {call.method[:100]!r}", field="method"))
             return
         request: Any
         try:

@@ -95,11 +95,16 @@ class FrameSocket:
 
 
 class CallFrames(FrameSocket):
-    """A call connection of the process with that token, frame by frame."""
+    """A call connection of the process with that token, frame by frame.
 
-    def __init__(self, socket_dir: str, token: bytes) -> None:
+    Args:
+        behind: what to send in one piece with the hello.
+    """
+
+    def __init__(self, socket_dir: str, token: bytes, *, behind: bytes = b"") -> None:
         super().__init__(socket_dir)
-        self.send(pb.SocketRequest(call_hello=pb.CallHello(token=token)))
+        body = pb.SocketRequest(call_hello=pb.CallHello(token=token)).SerializeToString()
+        self.socket.sendall(_LENGTH.pack(len(body)) + body + behind)
         self.welcome = self.receive()[0]
 
     def begin(self, method: str, request: Any, *, timeout_ms: int = 0) -> None:

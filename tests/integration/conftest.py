@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 import kvservice_client as kv
-from tests.blocks import namespace
+from tests.blocks import chain, namespace
 from tests.connections import Connection
 from tests.daemons import DaemonProcess, DaemonThread
 from tests.engines import EngineProcess
+from tests.integration.books import books
+from tests.waiting import eventually
 
 MakeDaemon = Callable[..., DaemonProcess]
 MakeDaemonThread = Callable[..., DaemonThread]
@@ -108,6 +110,19 @@ def make_connection(stack: ExitStack) -> MakeConnection:
         return connection
 
     return make
+
+
+@pytest.fixture
+def witness(daemon_thread: DaemonThread, make_connection: MakeConnection) -> Iterator[Connection]:
+    """Another process, attached before and served as well after; nothing of the books has changed meanwhile."""
+    connection = make_connection(daemon_thread.socket_dir, namespace())
+    connection.save(chain("witness", 5))
+    before = books(daemon_thread)
+    yield connection
+    assert connection.lookup(chain("witness", 5)).hit_blocks == 5
+    assert connection.ping().WhichOneof("message") == "pong"
+    eventually(lambda: books(daemon_thread) == before, what="the books are as before the garbage")
+    daemon_thread.check()
 
 
 @pytest.fixture

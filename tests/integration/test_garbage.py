@@ -8,12 +8,11 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 
 from kvservice import fd_socket
@@ -21,7 +20,7 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain, namespace
 from tests.connections import TOKEN_KEY, Connection, FrameSocket, call_failed, control_socket_path, memory_socket_path
 from tests.daemons import DaemonThread
-from tests.integration.books import books
+from tests.garbage import framed, last_words, no_descriptor_left, random_pieces, send_and_hang_up
 from tests.integration.conftest import MakeConnection, MakeDaemon, MakeDaemonThread
 from tests.waiting import DEADLINE_S, eventually
 
@@ -29,65 +28,6 @@ pytestmark = pytest.mark.integration
 
 HELLO = pb.SocketRequest(hello=pb.SocketHello(protocol_version_min=1, protocol_version_max=1)).SerializeToString()
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-
-def framed(body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + body
-
-
-def random_pieces(seed: int, count: int) -> Iterator[bytes]:
-    chosen = random.Random(seed)
-    for _ in range(count):
-        yield chosen.randbytes(chosen.choice((1, 3, 4, 5, 50, 500, 70_000)))
-
-
-def send_and_hang_up(path: str, pieces: Iterator[bytes] | list[bytes]) -> bytes:
-    """Send the pieces, end our side, and return what came back until the daemon hung up."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(DEADLINE_S)
-        peer.connect(path)
-        received = b""
-        try:
-            for piece in pieces:
-                peer.sendall(piece)
-            peer.shutdown(socket.SHUT_WR)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it has heard enough; what it said first may still be there
-        try:
-            while part := peer.recv(65_536):
-                received += part
-        except ConnectionResetError:
-            pass
-        return received
-
-
-def last_words(answer: bytes) -> pb.ErrorDetail:
-    """The error in the one frame that the daemon sent before it hung up."""
-    (size_bytes,) = struct.unpack(">I", answer[:4])
-    assert len(answer) == 4 + size_bytes
-    return pb.SocketResponse.FromString(answer[4:]).error
-
-
-@pytest.fixture
-def witness(daemon_thread: DaemonThread, make_connection: MakeConnection) -> Iterator[Connection]:
-    """Another process, attached before and served as well after; nothing of the books has changed meanwhile."""
-    connection = make_connection(daemon_thread.socket_dir, namespace())
-    connection.save(chain("witness", 5))
-    before = books(daemon_thread)
-    yield connection
-    assert connection.lookup(chain("witness", 5)).hit_blocks == 5
-    assert connection.ping().WhichOneof("message") == "pong"
-    eventually(lambda: books(daemon_thread) == before, what="the books are as before the garbage")
-    daemon_thread.check()
-
-
-@contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    """Both ends are in this process: whatever either side forgets to close is still open here."""
-    process = psutil.Process()
-    before = process.num_fds()
-    yield
-    eventually(lambda: process.num_fds() <= before, what="every descriptor is closed")
 
 
 # --------------------------------------------------------------- memory socket
