@@ -21,7 +21,7 @@ from kvservice.instances import Identity
 from kvservice.logs import event_log
 from kvservice.metrics import Metrics
 from kvservice.service import ControlService
-from kvservice.service.calls import ERROR_KEY, TOKEN_KEY, Malformed, Metadata, error_detail
+from kvservice.service.calls import ERROR_KEY, TOKEN_KEY, Malformed, Metadata, UnaryMethod, error_detail
 from kvservice.store import Peer, Store
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
@@ -129,12 +129,10 @@ class CallConnection(asyncio.Protocol):
 
     def __init__(self, calls: CallConnections, instance: Peer) -> None:
         self.instance_id = instance.instance_id
-        self.running: asyncio.Task[Any] | None = None
+        self.running: asyncio.Task[None] | None = None
         self._calls = calls
         self._context = CallContext(instance.token)
         self._received = bytearray()
-        self._deadline: asyncio.TimerHandle | None = None
-        self._is_expired = False
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
 
@@ -197,8 +195,8 @@ class CallConnection(asyncio.Protocol):
         except DecodeError as error:
             self._cut_off(InvalidRequest(f"the frame is no SocketCall: {error}", field="frame"))
             return
-        handle = self._calls.control.unary.get(call.method)
-        if handle is None:
+        method = self._calls.control.unary.get(call.method)
+        if method is None:
             self._refuse(InvalidRequest(f"no unary method {call.method[:100]!r}", field="method"))
             return
         request: Any
@@ -206,35 +204,28 @@ class CallConnection(asyncio.Protocol):
             request = self._calls.requests[call.method].FromString(call.request)
         except DecodeError as error:
             request = Malformed(str(error))
-        self.running = self._loop.create_task(handle(request, self._context))
-        self.running.add_done_callback(self._ended)
-        if call.timeout_ms:
-            self._deadline = self._loop.call_later(call.timeout_ms / 1000, self._expire)
-
-    def _expire(self) -> None:
-        if self.running is not None:
-            self._is_expired = True
-            self.running.cancel()
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self.running = None
-        if self._deadline is not None:
-            self._deadline.cancel()
-        is_expired, self._is_expired = self._is_expired, False
-        try:
-            response = task.result()
-        except asyncio.CancelledError:
-            if not is_expired:
-                self.hang_up()
-                return
-            detail = pb.ErrorDetail(
-                reason=pb.ERROR_REASON_DEADLINE_EXCEEDED, message="the call was not done within its deadline"
-            )
-            self._answer(pb.SocketAnswer(error=detail))
-        except CallAborted as aborted:
-            self._answer(pb.SocketAnswer(error=aborted.detail))
+        if method.waits:
+            self.running = self._loop.create_task(self._run(method, request, call.timeout_ms))
         else:
-            self._answer(pb.SocketAnswer(response=response.SerializeToString()))
+            self._answer(_answer_at_once(method, request, self._context))
+
+    async def _run(self, method: UnaryMethod, request: Any, timeout_ms: int) -> None:
+        try:
+            async with asyncio.timeout(timeout_ms / 1000 if timeout_ms else None):
+                response = await method.handle(request, self._context)
+        except TimeoutError:
+            message = "the call was not done within its deadline"
+            answer = pb.SocketAnswer(error=pb.ErrorDetail(reason=pb.ERROR_REASON_DEADLINE_EXCEEDED, message=message))
+        except CallAborted as aborted:
+            answer = pb.SocketAnswer(error=aborted.detail)
+        except asyncio.CancelledError:
+            self.running = None
+            self.hang_up()
+            raise
+        else:
+            answer = pb.SocketAnswer(response=response.SerializeToString())
+        self.running = None
+        self._answer(answer)
 
     def _cut_off(self, error: KVServiceError) -> None:
         """Say why, and hang up."""
@@ -255,3 +246,14 @@ class CallConnection(asyncio.Protocol):
         self._calls.answered.inc()
         if answer.last:
             transport.close()
+
+
+def _answer_at_once(method: UnaryMethod, request: Any, context: CallContext) -> pb.SocketAnswer:
+    """Call a handler that waits for nothing: a coroutine of one step, so without a task."""
+    try:
+        method.handle(request, context).send(None)
+    except StopIteration as done:
+        return pb.SocketAnswer(response=done.value.SerializeToString())
+    except CallAborted as aborted:
+        return pb.SocketAnswer(error=aborted.detail)
+    raise AssertionError("a handler that waits for nothing waited")

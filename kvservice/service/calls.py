@@ -111,6 +111,15 @@ def token_of(context: Context) -> bytes:
     raise errors.Unauthenticated(f"no token in the metadata key {TOKEN_KEY}: connect to the memory socket first")
 
 
+@dataclass(frozen=True, slots=True)
+class UnaryMethod:
+    """One unary RPC, as whatever else than gRPC serves it."""
+
+    handle: Callable[[Any, Context], Coroutine[Any, Any, Any]]
+    waits: bool
+    """Whether it may have to wait; one that never has ends in its first step."""
+
+
 def unary(
     calls: Calls, method: str, answer: Callable[[Request, ContextT], Response | Awaitable[Response]]
 ) -> Callable[[Request | Malformed, ContextT], Coroutine[Any, Any, Response]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from kvservice import __version__, errors
@@ -13,7 +14,17 @@ from kvservice.instances import DrainNotice, HungUp, Notice, SegmentsChanged
 from kvservice.metrics import Metrics
 from kvservice.service import getting, hints, messages, reports
 from kvservice.service.block_requests import BlockRequests, RequestedBlocks
-from kvservice.service.calls import Context, GrpcContext, Malformed, abort, error_detail, token_of, unary, well_formed
+from kvservice.service.calls import (
+    Context,
+    GrpcContext,
+    Malformed,
+    UnaryMethod,
+    abort,
+    error_detail,
+    token_of,
+    unary,
+    well_formed,
+)
 from kvservice.service.devices import Devices
 from kvservice.service.messages import require_text
 from kvservice.store import Peer, Store
@@ -42,8 +53,7 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
         self._get_calls = metrics.rpc("Get")
         self._devices = Devices(store, self._instance)
         self.block_requests = BlockRequests(metrics, clock=store.clock)
-        self.unary: dict[str, Callable[[Any, Context], Coroutine[Any, Any, Any]]] = {}
-        """Each unary RPC by its name, for whatever else than gRPC serves them."""
+        self.unary: dict[str, UnaryMethod] = {}
         for method, answer in (
             ("Lookup", self._lookup),
             ("Load", self._load),
@@ -63,8 +73,9 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             ("RegisterDevice", self._devices.register),
             ("UnregisterDevice", self._devices.unregister),
         ):
-            self.unary[method] = unary(metrics.rpc(method), method, answer)
-            setattr(self, method, self.unary[method])
+            handle = unary(metrics.rpc(method), method, answer)
+            setattr(self, method, handle)
+            self.unary[method] = UnaryMethod(handle, waits=inspect.iscoroutinefunction(answer))
 
     # ------------------------------------------------------------------ streams
 

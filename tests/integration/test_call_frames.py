@@ -15,6 +15,7 @@ import pytest
 from kvservice import call_socket
 from kvservice.errors import Unauthenticated
 from kvservice.instances import Identity
+from kvservice.service.calls import UnaryMethod
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain, namespace
 from tests.connections import CallFrames, Connection, memory_socket_path
@@ -238,7 +239,7 @@ def test_a_call_that_takes_longer_than_it_may_is_cancelled(
             raise
 
     with monkeypatch.context() as patched:
-        patched.setitem(daemon_thread.daemon._control.unary, "Stats", never)
+        patched.setitem(daemon_thread.daemon._control.unary, "Stats", UnaryMethod(never, waits=True))
         answer = calls.call("Stats", pb.StatsRequest(), timeout_ms=50)
     assert (answer.error.reason, answer.last) == (pb.ERROR_REASON_DEADLINE_EXCEEDED, False)
     assert cancelled == ["it was"]

@@ -13,6 +13,7 @@ import pytest
 
 import kvservice_client as kv
 from kvservice import call_socket, fd_socket
+from kvservice.service.calls import UnaryMethod
 from kvservice_client.link import Link
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain, contents, namespace
@@ -218,7 +219,7 @@ def held_up(daemon: DaemonThread, monkeypatch: pytest.MonkeyPatch, method: str) 
     held = HeldUp(daemon)
     unary = daemon.daemon._control.unary
     with monkeypatch.context() as patched:
-        patched.setitem(unary, method, held.handler(unary[method]))
+        patched.setitem(unary, method, UnaryMethod(held.handler(unary[method].handle), waits=True))
         yield held
         held.go_on()
 
