@@ -49,7 +49,7 @@ NEW_TOKENS, HISTORIES = 256, (8192, 32768)
 WINDOWS = HISTORIES  # that a history fills to the last token: the next turn overflows
 BUFFER_BYTES = 9 * GIB  # what is loaded ahead may take half of it
 NVME_HISTORY, NVME_CHAINS = 8192, 3  # read in turn; DRAM holds little more than one
-REPETITIONS = 5
+REPETITIONS, ROUNDS = 5, 15
 _PREFILL_TOKENS = 4096
 
 
@@ -247,28 +247,36 @@ class Overflow:
         return seconds
 
 
+def medians(*turns: Callable[[], float]) -> list[float]:
+    """Of each, taken in turn: a slow second of the machine's is everybody's, not one figure's."""
+    rounds = [[turn() for turn in turns] for _ in range(1 + ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+
+
 def measure(engine: Engine, history_tokens: int) -> Iterator[Record]:
     """One length of history, in DRAM."""
     turn = Turn(engine, history_tokens, seed=history_tokens)
-    hbm_s = median(lambda: turn.from_hbm()[0], REPETITIONS)
     recomputed_s = median(turn.recomputed_s, 2)
-    turn.in_hbm = None
-    layers_s = median(turn.loaded_s, REPETITIONS)
-    whole_s = median(lambda: turn.loaded_s(layer_wise=False), REPETITIONS)
     load_s = median(turn.load_s, REPETITIONS)
     blocks = history_tokens // TOKENS
     early_bytes = read_buffer_bytes(
         bytes_per_s=blocks * BLOCK_BYTES / load_s,
         block_bytes_per_token=BLOCK_BYTES // TOKENS,
-        prefill_s_per_token=hbm_s / NEW_TOKENS,
+        prefill_s_per_token=median(lambda: turn.from_hbm()[0], REPETITIONS) / NEW_TOKENS,
         history_tokens=history_tokens,
         new_tokens=NEW_TOKENS,
     )
+    early_s = early_bytes / (blocks * BLOCK_BYTES / load_s)
+    hbm_s, layers_s, whole_s, ahead_s = medians(
+        lambda: turn.from_hbm()[0],
+        turn.loaded_s,
+        lambda: turn.loaded_s(layer_wise=False),
+        lambda: turn.loaded_s(early_s=early_s),
+    )
+    turn.in_hbm = None
     name = f"{history_tokens // 1024}k"
     yield Record.compared(f"ttft_ratio_hbm_{name}", layers_s * 1e3, "ms", hbm_s * 1e3)
     if early_bytes:
-        early_s = early_bytes / (blocks * BLOCK_BYTES / load_s)
-        ahead_s = median(lambda: turn.loaded_s(early_s=early_s), REPETITIONS)
         yield Record.compared(f"ttft_ratio_hbm_early_{name}", ahead_s * 1e3, "ms", hbm_s * 1e3)
         yield Record.absolute(f"read_buffer_{name}", early_bytes, "bytes")
     yield Record.compared(f"ttft_ratio_recompute_{name}", layers_s * 1e3, "ms", recomputed_s * 1e3)
