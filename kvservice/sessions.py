@@ -45,7 +45,7 @@ class Sessions:
         """A request of the session used the rows of `chain`, the deepest of which is `tip`."""
         tips = self._tips.setdefault(session, {})
         self._tips.move_to_end(session)
-        for old in [old for old in tips if old in chain]:
+        for old in [old for old in tips if old != tip and old in chain]:
             self._unmark(session, old)
         tips.pop(tip, None)  # the last one used stands last
         tips[tip] = None

@@ -165,6 +165,8 @@ def _runs(blocks: np.ndarray, host: np.ndarray, *, block_step_max: int) -> list[
     block_steps, host_steps = blocks[1:] - blocks[:-1], host[1:] - host[:-1]
     usable = (block_steps > 0) & (block_steps <= block_step_max) & (host_steps > 0) & (host_steps <= PITCH_MAX_BYTES)
     same = (block_steps[1:] == block_steps[:-1]) & (host_steps[1:] == host_steps[:-1])
+    if same.all():  # the case of a whole chain in a buffer
+        return [_Run(0, len(blocks))] if usable[0] else []
     edges = np.concatenate(([0], np.flatnonzero(~same) + 1, [len(block_steps)]))
     runs: list[_Run] = []
     end = 0

@@ -36,6 +36,10 @@ class Index(Tree):
         assert block_hash is not None, f"row {row} is absent"
         return block_hash
 
+    def hashes_of(self, rows: Rows) -> list[BlockHash]:
+        """The same of many."""
+        return list(map(self._hashes.__getitem__, rows.tolist()))  # type: ignore[arg-type]  # none is absent
+
     def hit_length(self, chain: Chain) -> int:
         """How many leading blocks of the chain are resident, in O(log n)."""
         low, high = 0, len(chain)

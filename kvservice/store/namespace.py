@@ -20,7 +20,7 @@ from kvservice.history import Departure, History
 from kvservice.index import Index, State
 from kvservice.instances import Instance
 from kvservice.metrics import Metrics
-from kvservice.policies import NO_MEMORY, EvictionPolicy, Memories, Window, make_policy
+from kvservice.policies import NO_MEMORY, EvictionPolicy, Window, make_policy
 from kvservice.sessions import Sessions, session_key
 from kvservice.store.arrivals import Arrival
 
@@ -96,7 +96,7 @@ class Namespace:
         """These blocks became resident, a block before what follows it."""
         if len(rows):
             self.index.last_used_s[rows] = now_s
-            parents, memories = self.index.parent[rows], self._memories(rows)
+            parents, memories = self.index.parent[rows], self.history.memories(self.index.hashes_of(rows))
             self.policy.stored(rows, parents, now_s, memories)
             self.nvme_policy.stored(rows, parents, now_s, memories)
             self.last_used_s = now_s
@@ -328,10 +328,6 @@ class Namespace:
                 kept.add(row)
         in_dram = np.count_nonzero(self.index.slot[list(kept)] != NO_SLOT)
         return int(np.count_nonzero(owned) - in_dram)
-
-    def _memories(self, rows: Rows) -> Memories:
-        """What the policy had remembered of blocks with these rows' hashes when they left before."""
-        return self.history.memories(map(self.index.hash_of, rows.tolist()))
 
     def _tell_needed(self, rows: Rows) -> None:
         if len(rows):
