@@ -15,11 +15,13 @@ class LoadAhead:
 
     Attributes:
         blocks: how many.
+        reason: why not more.
     """
 
     def __init__(self, piece: Piece, go_on: Callable[[Mover, Sequence[int]], BufferedLoad]) -> None:
         """`go_on`: says where the blocks go."""
         self.blocks = piece.blocks
+        self.reason = piece.load.reason
         self._piece = piece
         self._go_on = go_on
 

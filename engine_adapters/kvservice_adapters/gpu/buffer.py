@@ -232,6 +232,7 @@ class HbmBuffer:
         *,
         session_id: str = "",
         request_id: str = "",
+        wait_s: float = 0.0,
         deadline_s: float = 10.0,
         rope: Rope | None = None,
     ) -> LoadAhead | None:
@@ -240,13 +241,18 @@ class HbmBuffer:
         Args: as of `load`; however long the blocks then stay in the buffer, no deadline ends that.
 
         Returns:
-            None: there is no room for all of them side by side, or nothing to load.
+            None: there is no room for so many side by side now, or nothing to load.
         """
         with self._in_use() as is_open:
             run = self._room.take(len(hashes), least=len(hashes)) if is_open and hashes else None
             if run is None:
                 return None
-            call = {"session_id": session_id, "request_id": request_id, "accepts_shifts": rope is not None}
+            call = {
+                "session_id": session_id,
+                "request_id": request_id,
+                "wait_s": wait_s,
+                "accepts_shifts": rope is not None,
+            }
             piece = self._begin(run, hashes, 0, deadline_s=deadline_s, **call)
             return LoadAhead(piece, partial(self._go_on, piece, rope))
 

@@ -108,8 +108,22 @@ class DevicePath:
         self, sequence: TrackedSequence, hashes: Sequence[bytes], rows_for: RowsFor, *, wait_s: float, deadline_s: float
     ) -> Arrival:
         """Begin to load into the buffer; see HbmBuffer for what has no room there."""
-        mover = self._mover_of(rows_for(len(hashes)), len(hashes))
-        return self._load_from(0, sequence, hashes, mover, wait_s=wait_s, deadline_s=deadline_s)
+        load = self._buffer.load_ahead(
+            hashes,
+            session_id=sequence.session_id,
+            request_id=sequence.request_id,
+            deadline_s=deadline_s,
+            wait_s=wait_s,
+            rope=self._rope,
+        )
+        if load is None:
+            mover = self._mover_of(rows_for(len(hashes)), len(hashes))
+            return self._load_from(0, sequence, hashes, mover, wait_s=wait_s, deadline_s=deadline_s)
+        if not load.blocks:
+            return Arrived(kvservice_client.LoadResult(0, load.reason))
+        # Bytes move while room is made for them.
+        mover = self._mover_of(rows_for(load.blocks), load.blocks)
+        return self._arrival_of(load.into(mover, range(load.blocks)))
 
     def load_ahead(self, sequence: TrackedSequence, hashes: Sequence[bytes], *, deadline_s: float) -> Ahead | None:
         """Begin to load into the buffer, where the blocks stay until it is said where they go."""
