@@ -81,7 +81,7 @@ def test_a_bound_holds_at_its_limit_and_not_beyond(name: str, ratio: float, verd
 
 def test_every_figure_has_one_bound() -> None:
     names = [figure.name for figure in FIGURES]
-    assert len(names) == len(set(names)) == 26
+    assert len(names) == len(set(names)) == 28
     assert all(bound_of(name) for name in names)
     assert bound_of("something_reported") == ""
 
