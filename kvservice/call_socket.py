@@ -45,7 +45,7 @@ class CallConnections:
             method: getattr(pb, _SERVICE.methods_by_name[method].input_type.name) for method in control.unary
         }
         """The request of each method."""
-        self.answered = metrics.socket_calls
+        self.count = metrics.socket_calls.inc
         self.is_stopping = False
         self._by_instance: dict[int, set[CallConnection]] = {}
 
@@ -199,6 +199,7 @@ class CallConnection(asyncio.Protocol):
         if method is None:
             self._refuse(InvalidRequest(f"no unary method {call.method[:100]!r}", field="method"))
             return
+        self._calls.count()
         request: Any
         try:
             request = self._calls.requests[call.method].FromString(call.request)
@@ -243,7 +244,6 @@ class CallConnection(asyncio.Protocol):
             answer.last = True
         body = answer.SerializeToString()
         transport.write(_LENGTH.pack(len(body)) + body)
-        self._calls.answered.inc()
         if answer.last:
             transport.close()
 

@@ -96,12 +96,12 @@ class CallSocket:
         """Hang up. Calls under way end as unanswered; later ones are not offered. May be called twice."""
         with self._lock:
             self._is_closed = True
-            idle, self._idle = self._idle, []
-            in_use = self._connections.difference(idle)
-        for connection in idle:
-            self._drop(connection)
-        for connection in in_use:
-            connection.hang_up()
+            for connection in self._idle:
+                connection.close()
+            for connection in self._connections.difference(self._idle):
+                connection.hang_up()  # closed by who uses it
+            self._connections.difference_update(self._idle)
+            self._idle.clear()
 
     def disown_after_fork(self) -> None:
         """In a forked child: the connections are the parent's, and so may be whoever held the lock."""
@@ -113,10 +113,8 @@ class CallSocket:
     # ---------------------------------------------------------------- privately
 
     def _take(self) -> _Connection | None:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _give_back(self, connection: _Connection) -> None:
         with self._lock:
@@ -134,7 +132,10 @@ class CallSocket:
         with self._lock:
             if self._is_closed or len(self._connections) >= self._connections_max:
                 raise NotOffered
-            connection = _Connection()
+            try:
+                connection = _Connection()
+            except OSError:  # no descriptor is left
+                raise NotOffered from None
             self._connections.add(connection)
         try:
             refusal = connection.open(self._path, self._hello, ends_at_s)
@@ -154,14 +155,15 @@ class CallSocket:
         if isinstance(refusal, InvalidRequest):
             self._connections_max = 0  # a daemon from before there were call connections
         elif isinstance(refusal, Overloaded):
-            self._connections_max = len(self._connections)
+            self._connections_max = len(self._connections)  # no more than these, for as long as the link lasts
         else:
             raise refusal
         raise NotOffered
 
     def _drop(self, connection: _Connection) -> None:
-        connection.close()
+        # Not while `close` hangs up on it: its descriptor's number may be another's as soon as it is closed.
         with self._lock:
+            connection.close()
             self._connections.discard(connection)
 
 
@@ -190,7 +192,7 @@ class _Connection:
             OSError, TimeoutError.
         """
         self._wait_until(ends_at_s)
-        return self._socket.send(frame)
+        return self._socket.send(frame, socket.MSG_NOSIGNAL)
 
     def finish(self, frame: bytes, sent_bytes: int, ends_at_s: float) -> bytes:
         """Send the rest; the frame that comes back.
@@ -201,7 +203,7 @@ class _Connection:
         try:
             while sent_bytes < len(frame):
                 self._wait_until(ends_at_s)
-                sent_bytes += self._socket.send(memoryview(frame)[sent_bytes:])
+                sent_bytes += self._socket.send(memoryview(frame)[sent_bytes:], socket.MSG_NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the daemon has hung up; what it said before tells why
         received = b""

@@ -29,7 +29,7 @@ class Config:
     socket_dir: str = knob(
         "/run/kvservice",
         SOCKETS,
-        "Directory of control.sock (gRPC) and memory.sock (memory descriptors), made with mode 0700 (0750 with "
+        "Directory of control.sock (gRPC) and memory.sock (memory descriptors, calls), made with mode 0700 (0750 with "
         "socket_group). Without a value it is $XDG_RUNTIME_DIR/kvservice where that variable is set. Clients look "
         "in the same place; one daemon per directory.",
     )
@@ -231,7 +231,8 @@ class Config:
     connections_max: int = knob(
         512,
         LIMITS,
-        "Connections open on memory.sock at a time; one per engine process, and one for each run of the command line.",
+        "Processes connected to memory.sock at a time: engines, and runs of the command line. Beside that connection "
+        "each may have 64 for its calls.",
         at_least=1,
         at_most=65_536,
     )
@@ -295,7 +296,7 @@ class Config:
     message_bytes_max: int = knob(
         8 * MIB,
         LIMITS,
-        "Largest gRPC message, either way. It must fit hashes_per_call_max hashes at "
+        "Largest message of a call. It must fit hashes_per_call_max hashes at "
         f"{checks.MESSAGE_BYTES_PER_HASH} bytes each.",
         at_least=64 * KIB,
         at_most=2 * GIB - 1,

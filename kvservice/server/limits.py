@@ -19,7 +19,7 @@ _log = event_log(__name__)
 def look_at_limits(config: Config) -> None:
     """Use as many descriptors as the system allows, and say what the configuration asks for in vain.
 
-    Segments take four descriptors each and connections one.
+    Segments take four descriptors each, processes one and one more for each of their threads that calls.
 
     Raises:
         StartupError: too few.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -188,6 +190,15 @@ def test_who_asks_and_does_not_read_is_cut_off(daemon_thread: DaemonThread, witn
             ask_for_ever()
         frames.close()
         assert witness.lookup(chain("witness", 5)).hit_blocks == 5
+
+
+def test_descriptors_sent_to_the_daemon_are_not_kept(daemon_thread: DaemonThread, calls: CallFrames) -> None:
+    with no_descriptor_left():
+        descriptors = [os.memfd_create("unwanted") for _ in range(100)]
+        socket.send_fds(calls.socket, [framed(LOOKUP_CALL)], descriptors)
+        assert calls.answer().response
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 # -------------------------------------------------------------------- what does not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -239,6 +240,22 @@ def test_above_the_daemon_s_bound_calls_go_over_grpc(
     assert call_connections(daemon_thread) == 3
     without_grpc(client)
     assert client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD
+
+
+def test_without_a_descriptor_for_a_connection_calls_go_over_grpc(
+    daemon: DaemonProcess, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(daemon.socket_dir, OF)
+
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kvservice_client.call_socket._Connection", none_left)
+        assert client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD
+    assert daemon.series("kvservice_socket_calls_total") == 0
+    assert client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD
+    assert daemon.series("kvservice_socket_calls_total") == 1
 
 
 def test_a_connection_that_ended_while_it_was_idle_is_replaced(
