@@ -231,8 +231,7 @@ class Config:
     connections_max: int = knob(
         512,
         LIMITS,
-        "Processes connected to memory.sock at a time: engines, and runs of the command line. Beside that connection "
-        "each may have 64 for its calls.",
+        "Processes connected to memory.sock at a time; each may have 64 more connections for its calls.",
         at_least=1,
         at_most=65_536,
     )
