@@ -200,6 +200,7 @@ class _Connection:
         Raises:
             OSError, TimeoutError.
         """
+        # What was begun set the socket's timeout; it is set anew only where more than one piece is sent or comes.
         try:
             while sent_bytes < len(frame):
                 self._wait_until(ends_at_s)
@@ -209,12 +210,13 @@ class _Connection:
         received = b""
         missing_bytes = _LENGTH.size
         while missing_bytes > 0:
-            self._wait_until(ends_at_s)
             part = self._socket.recv(max(missing_bytes, _RECEIVE_BYTES))
             if not part:
                 raise ConnectionResetError("it hung up")
             received += part
             missing_bytes = _missing_bytes(received)
+            if missing_bytes > 0:
+                self._wait_until(ends_at_s)
         if missing_bytes < 0:
             raise ConnectionAbortedError("it sent more than an answer")
         return received[_LENGTH.size :]
