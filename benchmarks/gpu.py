@@ -1,6 +1,6 @@
 """gpu: what the device plane reaches on a GPU, next to one large pinned copy in the same run.
 
-    python -m benchmarks.gpu [--out FILE]
+    python -m benchmarks.gpu [--layouts LAYOUT ...] [--out FILE]
 
 This process is the engine: it has the KV cache, in several layouts, and computes; the daemon is one of its own. One
 JSON line per result, and a table with the bounds at the end. Needs torch with CUDA and triton, and 16 GiB each of GPU
@@ -18,7 +18,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -45,6 +45,7 @@ from benchmarks.lmcache_reference import peer as lmcache
 from benchmarks.measuring import Record, median, progress, publish
 from kvservice_adapters.positions import Rope, moved
 
+LAYOUTS = ("contiguous", "per_layer", "split", "direct")
 DROPPED_BLOCKS = 64
 _QUEUED = 16
 
@@ -278,12 +279,12 @@ def check_turned(tensors: list[torch.Tensor], into: list[int], rope: Rope) -> No
         assert float(difference) <= 2**-6 * float(expected.float().abs().max()), f"keys differ by {difference}"
 
 
-def measure() -> Iterator[Record]:
-    """Everything. Blocks for two minutes, two more where LMCache is measured as well."""
+def measure(layouts: Sequence[str] = LAYOUTS) -> Iterator[Record]:
+    """Everything. Blocks for two minutes, one more where LMCache is measured as well."""
     lmcache()  # before anything of ours has memory of the GPU
     torch.cuda.init()  # type: ignore[no-untyped-call]
     large, matmuls = Large(), Matmuls()
-    for layout in ("contiguous", "per_layer", "split", "direct"):
+    for layout in layouts:
         with running_daemon(dram_bytes=6 * GIB, dram_segment_bytes=GIB) as daemon:
             free_bytes = torch.cuda.mem_get_info()[0]
             engine = Engine(daemon, layout)
@@ -323,8 +324,9 @@ def main() -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measure the device plane.")
     parser.add_argument("--out", type=Path, default=Path("build/gpu.jsonl"), help="default: %(default)s")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="default: all")
     options = parser.parse_args()
-    records = publish(measure(), options.out)
+    records = publish(measure(options.layouts), options.out)
     progress(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     progress(f"{lmcache().source}\n")
     progress(table(records))

@@ -7,7 +7,8 @@ computes every prompt whole, once it has the service. Conversations begin as a P
 many turns as the paper's mean (5.75, geometric; 16 at most, so that no run waits for one user), and its next turn comes
 a think time after its last answer. Turns have lognormal lengths, answers a fixed one; what outgrows the window is cut
 by half, in both runs alike. Think times are shorter than people's, so that the run is: what matters to the service is
-how much arrives meanwhile.
+how much arrives meanwhile. torch's attention by cuDNN is turned off: it builds a plan for every length that it has not
+seen, 25 ms for each layer, and a conversation has another one each time.
 
 TTFT is from arrival to the first token, waiting included; prefill throughput is prompt tokens over the seconds from
 leaving the queue to the first token; GPU time is what the steps of the loop took, idle waiting left out. Needs torch
@@ -146,6 +147,7 @@ def served(loop: ServingLoop, users: list[Conversation], title: str) -> Run:
 
 def measure(count: int) -> Iterator[Record]:
     """Both runs. Takes two minutes."""
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     model = llama_8b()
     truncation = TruncationPolicy(window_tokens=WINDOW_TOKENS)
     loop = ServingLoop(model, rows=ROWS, window_tokens=WINDOW_TOKENS, truncation=truncation)

@@ -286,6 +286,8 @@ class DevicePlane:
 
     def _pin(self, segment: Segment) -> None:
         """In a thread: make a segment usable by DMA, once for all GPUs. Raises CudaError."""
+        if segment.segment_id in self._pinned:
+            return  # without the lock, which another direction's thread may hold while it pins one that is new
         with self._pin_lock:
             if segment.segment_id in self._pinned or segment.is_closed:
                 return

@@ -267,7 +267,8 @@ class BlockMover:
                 for of_call in (None, turn) if scatters and turn else (None,):
                     shape, how = self._shapes(group, self._word_bytes, of_call, scatters=scatters)
                     arguments = (run, self._table, 0, block_ids, *_tables(of_call, how), shape, how)
-                    move_chunks.warmup(*arguments, grid=(1, 1, 1), **_OPTIONS)
+                    # A grid of nothing: Triton's own warm-up leaves building the launcher to the first launch.
+                    move_chunks[(0, 1, 1)](*arguments, **_OPTIONS)
 
     def scatter(
         self,
