@@ -26,6 +26,10 @@ from kvservice.store import Peer, Store
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 CONNECTIONS_PER_INSTANCE_MAX = 64
+CALLS_MAX = 4096
+"""Calls that wait for something at a time, as many as gRPC takes."""
+FRAME_S = 5.0
+"""For a frame to be whole, once it began."""
 
 _FRAME_BYTES_BESIDE_MESSAGE = 1024
 _LENGTH = struct.Struct(">I")
@@ -47,6 +51,7 @@ class CallConnections:
         """The request of each method."""
         self.count = metrics.socket_calls.inc
         self.is_stopping = False
+        self.waiting_calls = 0
         self._by_instance: dict[int, set[CallConnection]] = {}
 
     def __len__(self) -> int:
@@ -135,6 +140,8 @@ class CallConnection(asyncio.Protocol):
         self._received = bytearray()
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._is_hung_up = False
+        self._late: asyncio.TimerHandle | None = None  # runs while a frame is not whole
 
     async def take_over(self, peer: socket.socket) -> None:
         """Serve this socket from now on; it is closed with the connection."""
@@ -147,11 +154,12 @@ class CallConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self._calls.is_stopping:
+        if self._calls.is_stopping or self._is_hung_up:
             transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._calls.left(self)
+        self._end_frame()
         if self.running is not None:
             self.running.cancel()  # as gRPC does where its caller is gone
 
@@ -161,6 +169,9 @@ class CallConnection(asyncio.Protocol):
             self._cut_off(InvalidRequest("a call before the answer to the one before was read", field="frame"))
             return
         self._received += data
+        if self._late is None:
+            late = Overloaded(f"a call that took longer than {FRAME_S:.0f} s to arrive")
+            self._late = self._loop.call_later(FRAME_S, self._cut_off, late)
         if len(self._received) < _LENGTH.size:
             return
         (size_bytes,) = _LENGTH.unpack_from(self._received)
@@ -172,6 +183,7 @@ class CallConnection(asyncio.Protocol):
         elif missing_bytes < 0:
             self._cut_off(InvalidRequest("more than one call at a time", field="frame"))
         elif missing_bytes == 0:
+            self._end_frame()
             received, self._received = self._received, bytearray()
             self._begin(memoryview(received)[_LENGTH.size :])
 
@@ -182,6 +194,7 @@ class CallConnection(asyncio.Protocol):
 
     def hang_up(self) -> None:
         """Hang up; nobody gets an answer any more."""
+        self._is_hung_up = True  # also where the socket is not taken over yet
         if self._transport is not None:
             self._transport.abort()
         if self.running is not None:
@@ -205,12 +218,20 @@ class CallConnection(asyncio.Protocol):
             request = self._calls.requests[call.method].FromString(call.request)
         except DecodeError as error:
             request = Malformed(str(error))
-        if method.waits:
-            self.running = self._loop.create_task(self._run(method, request, call.timeout_ms))
-        else:
+        if not method.waits:
             self._answer(_answer_at_once(method, request, self._context))
+        elif self._calls.waiting_calls >= CALLS_MAX:
+            self._refuse(Overloaded(f"{CALLS_MAX} calls are under way"))
+        else:
+            self.running = self._loop.create_task(self._run(method, request, call.timeout_ms))
+
+    def _end_frame(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     async def _run(self, method: UnaryMethod, request: Any, timeout_ms: int) -> None:
+        self._calls.waiting_calls += 1
         try:
             async with asyncio.timeout(timeout_ms / 1000 if timeout_ms else None):
                 response = await method.handle(request, self._context)
@@ -225,12 +246,14 @@ class CallConnection(asyncio.Protocol):
             raise
         else:
             answer = pb.SocketAnswer(response=response.SerializeToString())
+        finally:
+            self._calls.waiting_calls -= 1
         self.running = None
         self._answer(answer)
 
     def _cut_off(self, error: KVServiceError) -> None:
         """Say why, and hang up."""
-        _log.info("connection_broken", why=str(error))
+        _log.info("call_connection_broken", why=str(error))
         self._refuse(error, last=True)
 
     def _refuse(self, error: KVServiceError, *, last: bool = False) -> None:

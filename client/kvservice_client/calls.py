@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.experimental
+from google.protobuf.message import DecodeError
 
 from kvservice_client.call_socket import CONNECTIONS_MAX, CallSocket, NotOffered
 from kvservice_client.errors import DaemonUnreachable, from_rpc
@@ -52,7 +53,10 @@ class UnaryCalls:
             packed = self._call_socket.call(method, request.SerializeToString(), timeout_s)
         except NotOffered:
             return self._call_grpc(method, request, ends_at_s - time.monotonic())
-        return _RESPONSES[method].FromString(packed)
+        try:
+            return _RESPONSES[method].FromString(packed)
+        except DecodeError as error:
+            raise DaemonUnreachable(f"the daemon's answer is none ({error})") from None
 
     def close(self) -> None:
         """Hang up. The channel is its owner's."""

@@ -44,6 +44,8 @@ class Gpu:
         self._copiers = {direction: Copier(context, direction) for direction in Direction}
         self._queuing = {each: ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{each.value}") for each in Direction}
         self._waiting = {each: ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{each.value}d") for each in Direction}
+        for executor in (*self._queuing.values(), *self._waiting.values()):
+            executor.submit(lambda: None)  # starts its thread: where there can be none, no engine registers
 
     @property
     def is_online(self) -> bool:

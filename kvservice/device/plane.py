@@ -269,7 +269,7 @@ class DevicePlane:
                     field="device_uuid",
                 )
             return Gpu(driver.context(ordinal), name=driver.names()[ordinal], uuid=uuid, pin=self._pin)
-        except CudaError as error:
+        except (CudaError, RuntimeError) as error:  # no thread can be started
             raise InvalidRequest(f"the GPU cannot be used here: {error}", field="device_uuid") from None
 
     def _require_room(self, instance_id: int, regions: Sequence[Region]) -> None:

@@ -65,7 +65,7 @@ class Copy:
         places: as many slots, in order.
         lane, sequence: where its progress is told.
         attempt_id: the call that asked for it; 0: none.
-        begun: its first bytes are queued, or wait behind another copy's, or it failed.
+        begun: its first bytes are queued, or wait behind another copy of the same registration, or it failed.
         done: no byte of it moves any more; the result is whether all of them arrived.
     """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from kvservice_cuda.geometry import PIECES_MAX, Geometry, Piece
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 _UUID_BYTES = 16
+_BEGUN_WAIT_S = 0.003
 _REVISION = 3
 """What clients may ask for: see RegisterDeviceResponse."""
 
@@ -85,7 +88,7 @@ class Devices:
         namespace = self._store.namespace(instance, namespace_id)
         copy = self._store.device_copies.save(instance, namespace, reserved, places)
         if copy is not None:
-            await copy.begun.wait()
+            await _until(copy.begun)
         return messages.put_response(reserved, is_copied_here=True)
 
     async def begin_load(
@@ -105,7 +108,7 @@ class Devices:
             raise
         if copy is None:
             return getting.Landed(0, landed.miss)
-        await copy.begun.wait()
+        await _until(copy.begun)
         return landed
 
     async def get_responses(
@@ -118,6 +121,16 @@ class Devices:
             response.runs.add(blocks=blocks, handles=pb.Handles(device=pb.DeviceHandles()), shift_tokens=shift)
         messages.add_misses(response, granted.asked - landed.blocks, landed.miss)
         yield response
+
+
+async def _until(begun: asyncio.Event) -> None:
+    """Leave the interpreter to the thread that queues the copy; not for longer than that is worth.
+
+    Before it may come another engine's registration, or a new segment that is pinned.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_BEGUN_WAIT_S):
+            await begun.wait()
 
 
 def _block_ids(device: pb.DeviceBlocks) -> NDArray[np.uint32]:

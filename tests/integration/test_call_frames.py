@@ -255,3 +255,52 @@ def test_a_call_that_takes_longer_than_it_may_is_cancelled(
     assert (answer.error.reason, answer.last) == (pb.ERROR_REASON_DEADLINE_EXCEEDED, False)
     assert cancelled == ["it was"]
     assert calls.call("Lookup", LOOKUP, timeout_ms=60_000).response
+
+
+def test_a_frame_that_does_not_become_whole_is_cut_off(
+    daemon_thread: DaemonThread, witness: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_socket, "FRAME_S", 0.02)
+    with no_descriptor_left():
+        for said in (b"\0", struct.pack(">I", 1000) + b"half of it"):
+            frames = CallFrames(daemon_thread.socket_dir, witness.token)
+            assert frames.call("Lookup", LOOKUP).response
+            frames.socket.sendall(said)
+            answer = frames.answer()
+            assert (answer.error.reason, answer.last) == (pb.ERROR_REASON_OVERLOADED, True)
+            ends(frames)
+        none_is_left(daemon_thread)
+
+
+def test_calls_that_wait_are_bounded(calls: CallFrames, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_socket, "CALLS_MAX", 0)
+    assert calls.call("Release", pb.ReleaseRequest()).error.reason == pb.ERROR_REASON_OVERLOADED
+    assert calls.call("Lookup", LOOKUP).response
+    monkeypatch.setattr(call_socket, "CALLS_MAX", 1)
+    for _ in range(3):
+        assert calls.call("Release", pb.ReleaseRequest()).WhichOneof("outcome") == "response"
+
+
+def test_who_is_hung_up_on_before_the_socket_is_taken_over_stays_so(
+    daemon_thread: DaemonThread, witness: Connection
+) -> None:
+    connections = daemon_thread.daemon._calls
+
+    def race() -> tuple[bool, int]:
+        instance = connections.store.instances.of_token(witness.token)
+        connection = connections.admit(instance.identity, witness.token)
+        connections.hang_up(instance)
+        transport = ClosedOrNot()
+        connection.connection_made(transport)
+        return transport.closed, len(connections)
+
+    assert daemon_thread.on_loop(race) == (True, 0)
+
+
+class ClosedOrNot(asyncio.BaseTransport):
+    """A transport of no socket."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True

@@ -10,6 +10,7 @@ import pytest
 
 import kvservice_client as kv
 from kvservice.service import messages
+from kvservice_client.call_socket import CallSocket
 from kvservice_client.memory_socket import MemorySocket
 from kvservice_proto.v1 import kvservice_pb2 as pb
 from tests.blocks import chain, contents, namespace
@@ -271,3 +272,13 @@ def test_a_call_whose_attachment_ended_in_the_same_moment_finds_the_daemon_unrea
         list(link.get(pb.GetRequest(), 5))
     with pytest.raises(kv.DaemonUnreachable):
         link.call("Lookup", pb.LookupRequest(), 5)
+
+
+def test_an_answer_that_is_no_message_is_a_miss(
+    daemon_thread: DaemonThread, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(daemon_thread.socket_dir, OF)
+    monkeypatch.setattr(CallSocket, "call", lambda *_: b"\xff")
+    assert client.lookup(chain("a", 1)).reason is kv.Reason.UNAVAILABLE
+    monkeypatch.undo()
+    assert client.lookup(chain("a", 1)).reason is kv.Reason.NOT_HELD

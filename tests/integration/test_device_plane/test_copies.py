@@ -5,6 +5,7 @@ What runs on a real GPU only is in tests/gpu.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import kvservice_client as kv
 from kvservice_client import Reason
 from kvservice_client.device import CachePart, DeviceCache, DeviceKV
 from kvservice_cuda.api import CudaError
+from kvservice_cuda.copier import Direction
 from tests.blocks import chain, namespace
 from tests.daemons import DaemonThread
 from tests.devices import ILLEGAL_ADDRESS, UUID, FakeGpu
@@ -45,6 +47,24 @@ def test_blocks_come_back_bit_by_bit_to_other_places(
     assert engine.blocks(others) == before
     assert load.is_quiet
     eventually(lambda: daemon.holds() == (0, 0, 0))
+
+
+def test_who_asks_does_not_wait_for_what_is_queued_before(make_engine: MakeEngine, daemon: DaemonThread) -> None:
+    engine = make_engine()
+    saved = engine.blocks([0, 1, 2])
+    assert engine.kv.save(chain("a", 3), [0, 1, 2]).saved == 3
+    may_queue = threading.Event()
+    (gpu,) = daemon.daemon.store.device_copies.plane._gpus.values()
+    # As where another engine registers: its segments are pinned first.
+    gpu._queuing[Direction.LOAD].submit(may_queue.wait)
+    try:
+        load = engine.kv.load(chain("a", 3), [5, 6, 7])
+        assert load.blocks == 3
+        assert not load.is_quiet
+    finally:
+        may_queue.set()
+    assert load.result().blocks == 3
+    assert engine.blocks([5, 6, 7]) == saved
 
 
 @pytest.mark.parametrize("exportable", [True, False])
