@@ -21,18 +21,18 @@ from kvservice.instances import Identity
 from kvservice.logs import event_log
 from kvservice.metrics import Metrics
 from kvservice.service import ControlService
-from kvservice.service.calls import ERROR_KEY, TOKEN_KEY, Malformed, Metadata, UnaryMethod, error_detail
+from kvservice.service.calls import CALLS_MAX, ERROR_KEY, TOKEN_KEY, Malformed, Metadata, UnaryMethod, error_detail
 from kvservice.store import Peer, Store
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 CONNECTIONS_PER_INSTANCE_MAX = 64
-CALLS_MAX = 4096
-"""Calls that wait for something at a time, as many as gRPC takes."""
 FRAME_S = 5.0
 """For a frame to be whole, once it began."""
 
+LENGTH = struct.Struct(">I")
+"""What a frame of memory.sock begins with: how many bytes its message has."""
+
 _FRAME_BYTES_BESIDE_MESSAGE = 1024
-_LENGTH = struct.Struct(">I")
 _SERVICE = pb.DESCRIPTOR.services_by_name["KVCacheService"]
 
 _log = event_log(__name__)
@@ -169,13 +169,11 @@ class CallConnection(asyncio.Protocol):
             self._cut_off(InvalidRequest("a call before the answer to the one before was read", field="frame"))
             return
         self._received += data
-        if self._late is None:
-            late = Overloaded(f"a call that took longer than {FRAME_S:.0f} s to arrive")
-            self._late = self._loop.call_later(FRAME_S, self._cut_off, late)
-        if len(self._received) < _LENGTH.size:
+        if len(self._received) < LENGTH.size:
+            self._expect_more()
             return
-        (size_bytes,) = _LENGTH.unpack_from(self._received)
-        missing_bytes = _LENGTH.size + size_bytes - len(self._received)
+        (size_bytes,) = LENGTH.unpack_from(self._received)
+        missing_bytes = LENGTH.size + size_bytes - len(self._received)
         if size_bytes > self._calls.frame_bytes_max:
             # As gRPC calls it: the caller takes it for a miss, not for a mistake.
             bound = self._calls.frame_bytes_max
@@ -185,7 +183,9 @@ class CallConnection(asyncio.Protocol):
         elif missing_bytes == 0:
             self._end_frame()
             received, self._received = self._received, bytearray()
-            self._begin(memoryview(received)[_LENGTH.size :])
+            self._begin(memoryview(received)[LENGTH.size :])
+        else:
+            self._expect_more()
 
     def close_when_idle(self) -> None:
         """Hang up when the call under way, if any, was answered."""
@@ -224,6 +224,11 @@ class CallConnection(asyncio.Protocol):
             self._refuse(Overloaded(f"{CALLS_MAX} calls are under way"))
         else:
             self.running = self._loop.create_task(self._run(method, request, call.timeout_ms))
+
+    def _expect_more(self) -> None:
+        if self._late is None:
+            late = Overloaded(f"a call that took longer than {FRAME_S:.0f} s to arrive")
+            self._late = self._loop.call_later(FRAME_S, self._cut_off, late)
 
     def _end_frame(self) -> None:
         if self._late is not None:
@@ -265,10 +270,15 @@ class CallConnection(asyncio.Protocol):
             return
         if self._calls.is_stopping:
             answer.last = True
-        body = answer.SerializeToString()
-        transport.write(_LENGTH.pack(len(body)) + body)
+        transport.write(framed(answer))
         if answer.last:
             transport.close()
+
+
+def framed(message: pb.SocketAnswer | pb.SocketResponse) -> bytes:
+    """The message as memory.sock carries it."""
+    body = message.SerializeToString()
+    return LENGTH.pack(len(body)) + body
 
 
 def _answer_at_once(method: UnaryMethod, request: Any, context: CallContext) -> pb.SocketAnswer:

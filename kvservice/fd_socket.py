@@ -15,7 +15,7 @@ import struct
 
 from google.protobuf.message import DecodeError
 
-from kvservice.call_socket import CallConnections
+from kvservice.call_socket import LENGTH, CallConnections, framed
 from kvservice.config import Config
 from kvservice.dram import Segment
 from kvservice.errors import InvalidRequest, KVServiceError, PermissionDenied
@@ -30,7 +30,6 @@ from kvservice_proto.v1 import kvservice_pb2 as pb
 _HELLO_TIMEOUT_S = 5.0
 _ACCEPT_RETRY_S = 0.1
 _FRAME_BYTES_MAX = 64 * 1024
-_LENGTH = struct.Struct(">I")
 _PEERCRED = struct.Struct("3i")
 
 _log = event_log(__name__)
@@ -201,10 +200,10 @@ async def _receive(peer: socket.socket) -> pb.SocketRequest | None:
     Raises:
         EOFError: it hung up in a frame. InvalidRequest: told to the peer. DecodeError, OSError.
     """
-    header = await _receive_exactly(peer, _LENGTH.size, or_nothing=True)
+    header = await _receive_exactly(peer, LENGTH.size, or_nothing=True)
     if header is None:
         return None
-    (size_bytes,) = _LENGTH.unpack(header)
+    (size_bytes,) = LENGTH.unpack(header)
     if size_bytes > _FRAME_BYTES_MAX:
         raise _tell(peer, InvalidRequest(f"a frame of {size_bytes} bytes, at most {_FRAME_BYTES_MAX}", field="frame"))
     body = await _receive_exactly(peer, size_bytes)
@@ -226,8 +225,7 @@ async def _receive_exactly(peer: socket.socket, size_bytes: int, *, or_nothing: 
 
 def _send(peer: socket.socket, response: pb.SocketResponse, *, fds: tuple[int, ...] = ()) -> None:
     """One small frame; a peer that lets them pile up until the socket is full is cut off (OSError)."""
-    body = response.SerializeToString()
-    frame = _LENGTH.pack(len(body)) + body
+    frame = framed(response)
     if socket.send_fds(peer, [frame], fds) != len(frame):
         raise OSError("the peer does not read what it asks for")
 

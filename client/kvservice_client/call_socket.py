@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import socket
-import struct
 import threading
 import time
 import weakref
@@ -25,12 +24,11 @@ from kvservice_client.errors import (
     deadline_exceeded,
     from_detail,
 )
-from kvservice_client.memory_socket import MEMORY_SOCKET
+from kvservice_client.memory_socket import LENGTH, MEMORY_SOCKET, framed
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
 CONNECTIONS_MAX = 32
 
-_LENGTH = struct.Struct(">I")
 _ANSWER_BYTES_MAX = 64 * 1024 * 1024
 _RECEIVE_BYTES = 64 * 1024
 _TIMEOUT_S_MAX = 1e6
@@ -65,7 +63,7 @@ class CallSocket:
         """
         ends_at_s = time.monotonic() + timeout_s
         timeout_ms = math.ceil(1000 * min(max(timeout_s, 0.001), _TIMEOUT_S_MAX))
-        frame = _frame(pb.SocketCall(method=method, request=request, timeout_ms=timeout_ms))
+        frame = framed(pb.SocketCall(method=method, request=request, timeout_ms=timeout_ms))
         connection = self._take() or self._connect(ends_at_s)
         try:
             try:
@@ -181,7 +179,7 @@ class _Connection:
         """
         self._wait_until(ends_at_s)
         self._socket.connect(path)
-        frame = _frame(hello)
+        frame = framed(hello)
         response = pb.SocketResponse.FromString(self.finish(frame, self.begin(frame, ends_at_s), ends_at_s))
         return from_detail(response.error) if response.WhichOneof("message") == "error" else None
 
@@ -208,7 +206,7 @@ class _Connection:
         except (BrokenPipeError, ConnectionResetError):
             pass  # the daemon has hung up; what it said before tells why
         received = b""
-        missing_bytes = _LENGTH.size
+        missing_bytes = LENGTH.size
         while missing_bytes > 0:
             part = self._socket.recv(max(missing_bytes, _RECEIVE_BYTES))
             if not part:
@@ -219,7 +217,7 @@ class _Connection:
                 self._wait_until(ends_at_s)
         if missing_bytes < 0:
             raise ConnectionAbortedError("it sent more than an answer")
-        return received[_LENGTH.size :]
+        return received[LENGTH.size :]
 
     def hang_up(self) -> None:
         """From any thread: whoever waits on it waits no longer."""
@@ -236,19 +234,14 @@ class _Connection:
         self._socket.settimeout(remaining_s)
 
 
-def _frame(message: pb.SocketRequest | pb.SocketCall) -> bytes:
-    body = message.SerializeToString()
-    return _LENGTH.pack(len(body)) + body
-
-
 def _missing_bytes(received: bytes) -> int:
     """How much of the frame is still to come; negative where there is more than a frame."""
-    if len(received) < _LENGTH.size:
-        return _LENGTH.size - len(received)
-    (size_bytes,) = _LENGTH.unpack_from(received)
+    if len(received) < LENGTH.size:
+        return LENGTH.size - len(received)
+    (size_bytes,) = LENGTH.unpack_from(received)
     if size_bytes > _ANSWER_BYTES_MAX:
         raise ConnectionAbortedError(f"an answer of {size_bytes} bytes")
-    return _LENGTH.size + int(size_bytes) - len(received)
+    return LENGTH.size + int(size_bytes) - len(received)
 
 
 def _disown_after_fork() -> None:

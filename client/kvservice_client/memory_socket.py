@@ -20,7 +20,8 @@ MEMORY_SOCKET = "memory.sock"
 PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
 
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")
+"""What a frame begins with: how many bytes its message has."""
 
 
 _open_sockets: weakref.WeakSet[MemorySocket] = weakref.WeakSet()
@@ -104,7 +105,6 @@ class MemorySocket:
         self._socket.close()
 
     def _exchange(self, request: pb.SocketRequest) -> tuple[pb.SocketResponse, list[int]]:
-        body = request.SerializeToString()
         fds: list[int] = []
         with self._lock:
             if self.is_broken:
@@ -112,11 +112,11 @@ class MemorySocket:
             self.is_broken = True  # until this one is complete
             # Where the daemon has hung up on us already, what it said before tells why.
             with contextlib.suppress(BrokenPipeError):
-                self._socket.sendall(_LENGTH.pack(len(body)) + body)
+                self._socket.sendall(framed(request))
             try:
-                header, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 2, socket.MSG_CMSG_CLOEXEC)
-                header += self._receive(_LENGTH.size - len(header))
-                response = pb.SocketResponse.FromString(self._receive(_LENGTH.unpack(header)[0]))
+                header, fds, _, _ = socket.recv_fds(self._socket, LENGTH.size, 2, socket.MSG_CMSG_CLOEXEC)
+                header += self._receive(LENGTH.size - len(header))
+                response = pb.SocketResponse.FromString(self._receive(LENGTH.unpack(header)[0]))
             except BaseException:
                 for descriptor in fds:
                     os.close(descriptor)
@@ -134,6 +134,12 @@ class MemorySocket:
                 raise ConnectionResetError("the daemon hung up")
             received += part
         return received
+
+
+def framed(message: pb.SocketRequest | pb.SocketCall) -> bytes:
+    """The message as this socket carries it."""
+    body = message.SerializeToString()
+    return LENGTH.pack(len(body)) + body
 
 
 def _map(grant: pb.SegmentGrant, fds: list[int], segment_id: int) -> Segment:

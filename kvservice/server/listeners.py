@@ -15,12 +15,10 @@ from grpc_reflection.v1alpha import reflection
 
 from kvservice.config import Config
 from kvservice.errors import StartupError
-from kvservice.service.calls import Malformed
+from kvservice.service.calls import CALLS_MAX, Malformed
 from kvservice_proto.v1 import kvservice_pb2, kvservice_pb2_grpc
 
 SERVICE_NAME = kvservice_pb2.DESCRIPTOR.services_by_name["KVCacheService"].full_name
-
-_CONCURRENT_RPCS_MAX = 4096
 
 
 class Health:
@@ -41,7 +39,7 @@ def make_server(
 ) -> grpc.aio.Server:
     """A server of the contract, health and reflection, not listening yet."""
     server = grpc.aio.server(
-        maximum_concurrent_rpcs=_CONCURRENT_RPCS_MAX,
+        maximum_concurrent_rpcs=CALLS_MAX,
         options=(
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_send_message_length", message_bytes_max),

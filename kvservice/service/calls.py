@@ -21,6 +21,8 @@ from kvservice.logs import event_log
 from kvservice.metrics import Calls
 from kvservice_proto.v1 import kvservice_pb2 as pb
 
+CALLS_MAX = 4096
+"""Calls under way at a time that are taken, over gRPC and over call connections."""
 ERROR_KEY = "kvservice-error-bin"
 TOKEN_KEY = "kvservice-token-bin"
 
@@ -113,16 +115,16 @@ def token_of(context: Context) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class UnaryMethod:
-    """One unary RPC, as whatever else than gRPC serves it."""
+    """The handler of one unary RPC, whatever it comes over: with a request, or `Malformed`, and a context."""
 
-    handle: Callable[[Any, Context], Coroutine[Any, Any, Any]]
+    handle: Callable[[Any, Any], Coroutine[Any, Any, Any]]
     waits: bool
     """Whether it may have to wait; one that never has ends in its first step."""
 
 
 def unary(
     calls: Calls, method: str, answer: Callable[[Request, ContextT], Response | Awaitable[Response]]
-) -> Callable[[Request | Malformed, ContextT], Coroutine[Any, Any, Response]]:
+) -> UnaryMethod:
     """Wrap the handler of a unary RPC, a function or a coroutine function, with timing and the table of errors."""
     waits = inspect.iscoroutinefunction(answer)
 
@@ -138,4 +140,4 @@ def unary(
         calls.observe(time.perf_counter() - started_s, "OK")
         return response
 
-    return handle
+    return UnaryMethod(handle, waits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -73,9 +72,8 @@ class ControlService(kvservice_pb2_grpc.KVCacheServiceServicer):
             ("RegisterDevice", self._devices.register),
             ("UnregisterDevice", self._devices.unregister),
         ):
-            handle = unary(metrics.rpc(method), method, answer)
-            setattr(self, method, handle)
-            self.unary[method] = UnaryMethod(handle, waits=inspect.iscoroutinefunction(answer))
+            self.unary[method] = unary(metrics.rpc(method), method, answer)
+            setattr(self, method, self.unary[method].handle)
 
     # ------------------------------------------------------------------ streams
 

@@ -31,7 +31,7 @@ class ObserverService(kvservice_pb2_grpc.KVCacheServiceServicer):
         answers: dict[str, Callable[[Any, GrpcContext], Any]] = {"Stats": self._stats, "Explain": self._explain}
         for method in kvservice_pb2.DESCRIPTOR.services_by_name["KVCacheService"].methods_by_name:
             answer = unary(metrics.rpc(method), method, answers.get(method, _refuse))
-            setattr(self, method, answer)
+            setattr(self, method, answer.handle)
 
     def _stats(self, request: pb.StatsRequest, context: GrpcContext) -> pb.StatsResponse:
         return reports.stats(

@@ -180,7 +180,7 @@ def test_a_call_without_a_token_is_refused(metadata: tuple[tuple[str, str | byte
 def call(answer: Any) -> tuple[CallContext, Any, Metrics]:
     """One unary call through the wrapper: (context, the answer or None, metrics)."""
     context, metrics = CallContext(), Metrics(version="0")
-    handle: Any = unary(metrics.rpc("Test"), "Test", answer)
+    handle: Any = unary(metrics.rpc("Test"), "Test", answer).handle
     try:
         return context, asyncio.run(handle("request", context)), metrics
     except Aborted:
