@@ -69,6 +69,12 @@ class Rig:
         ids = tuple(range(start, start + blocks))
         self.saves.order([SaveOrder(name, "", tuple(chain(name, blocks, start=first)), first, ids)])
 
+    def save_standing_still(self, name: str, blocks: int) -> None:
+        """One that has begun to read, and reads on when the gate is opened."""
+        self.copies.gate.clear()
+        self.save(name, blocks)
+        assert self.copies.begun.wait(30)
+
     def held(self, name: str, blocks: int) -> int:
         return self.client.lookup(chain(name, blocks)).blocks
 
@@ -115,9 +121,7 @@ def test_what_is_not_held_is_named_block_by_block(rig: Rig) -> None:
 
 
 def test_blocks_that_change_hands_are_not_read(rig: Rig) -> None:
-    rig.copies.gate.clear()
-    rig.save("reading", 3)
-    assert rig.copies.begun.wait(30)
+    rig.save_standing_still("reading", 3)
     rig.save("waiting", 3)
     released = threading.Event()
 
@@ -146,9 +150,7 @@ def test_a_chain_whose_beginning_has_left_is_saved_from_its_root(rig: Rig) -> No
 
 
 def test_saves_that_wait_are_bounded_and_made_up_for(rig: Rig) -> None:
-    rig.copies.gate.clear()
-    rig.save("first", 1)
-    assert rig.copies.begun.wait(30)
+    rig.save_standing_still("first", 1)
     for position in range(6):
         rig.save("many", 1, first=position)
     assert rig.counters.take()["unsaved_blocks:queue_full"] == 2
@@ -167,9 +169,7 @@ def test_a_load_that_was_not_begun_ends_all_the_same(rig: Rig) -> None:
 @pytest.mark.parametrize("rig", [2], indirect=True)
 def test_a_save_that_is_held_up_holds_up_its_own_request_only(rig: Rig) -> None:
     rig.copies.gated = {0}
-    rig.copies.gate.clear()
-    rig.save("slow", 1)
-    assert rig.copies.begun.wait(30)
+    rig.save_standing_still("slow", 1)
     rig.save("slow", 1, first=1)
     rig.save("other", 2, engine_first=10)
     rig.save("other", 1, first=2, engine_first=12)
@@ -200,9 +200,7 @@ def test_many_threads_save_each_request_in_order_and_nothing_twice(rig: Rig) -> 
 
 @pytest.mark.parametrize("rig", [2], indirect=True)
 def test_what_waits_when_it_is_stopped_is_saved_by_whichever_thread_is_left(rig: Rig) -> None:
-    rig.copies.gate.clear()
-    rig.save("a", 1)
-    assert rig.copies.begun.wait(30)
+    rig.save_standing_still("a", 1)
     rig.save("a", 1, first=1)
     stopping = threading.Thread(target=rig.saves.stop)
     stopping.start()
@@ -216,9 +214,7 @@ def test_what_waits_when_it_is_stopped_is_saved_by_whichever_thread_is_left(rig:
 @pytest.mark.parametrize("rig", [2], indirect=True)
 def test_requests_with_a_common_beginning_are_saved_at_once(rig: Rig) -> None:
     rig.copies.gated = {0}
-    rig.copies.gate.clear()
-    rig.save("a", 1)
-    assert rig.copies.begun.wait(30)
+    rig.save_standing_still("a", 1)
     both = (*chain("a", 1), *chain("b", 1))
     rig.saves.order([SaveOrder("b", "", both, 0, (10, 11))])
     eventually(lambda: rig.saves.take_done({"b"}) == {"b"})

@@ -108,32 +108,18 @@ class DevicePath:
         self, sequence: TrackedSequence, hashes: Sequence[bytes], rows_for: RowsFor, *, wait_s: float, deadline_s: float
     ) -> Arrival:
         """Begin to load into the buffer; see HbmBuffer for what has no room there."""
-        load = self._buffer.load_ahead(
-            hashes,
-            session_id=sequence.session_id,
-            request_id=sequence.request_id,
-            deadline_s=deadline_s,
-            wait_s=wait_s,
-            rope=self._rope,
-        )
+        load = self._begin(sequence, hashes, wait_s=wait_s, deadline_s=deadline_s)
         if load is None:
             mover = self._mover_of(rows_for(len(hashes)), len(hashes))
             return self._load_from(0, sequence, hashes, mover, wait_s=wait_s, deadline_s=deadline_s)
         if not load.blocks:
             return Arrived(kvservice_client.LoadResult(0, load.reason))
         # Bytes move while room is made for them.
-        mover = self._mover_of(rows_for(load.blocks), load.blocks)
-        return self._arrival_of(load.into(mover, range(load.blocks)))
+        return self._go_on(load, sequence, hashes[: load.blocks], rows_for, wait_s=wait_s, deadline_s=deadline_s)
 
     def load_ahead(self, sequence: TrackedSequence, hashes: Sequence[bytes], *, deadline_s: float) -> Ahead | None:
         """Begin to load into the buffer, where the blocks stay until it is said where they go."""
-        load = self._buffer.load_ahead(
-            hashes,
-            session_id=sequence.session_id,
-            request_id=sequence.request_id,
-            deadline_s=deadline_s,
-            rope=self._rope,
-        )
+        load = self._begin(sequence, hashes, wait_s=0.0, deadline_s=deadline_s)
         return None if load is None else _DeviceAhead(load, partial(self._go_on, load, sequence))
 
     def copy_out(self, rows: KVRows, first_block: int, count: int) -> Outgoing | None:
@@ -155,6 +141,18 @@ class DevicePath:
     def close(self) -> None:
         """Wait until nothing touches the buffer, and give it back."""
         self._buffer.close()
+
+    def _begin(
+        self, sequence: TrackedSequence, hashes: Sequence[bytes], *, wait_s: float, deadline_s: float
+    ) -> LoadAhead | None:
+        return self._buffer.load_ahead(
+            hashes,
+            session_id=sequence.session_id,
+            request_id=sequence.request_id,
+            deadline_s=deadline_s,
+            wait_s=wait_s,
+            rope=self._rope,
+        )
 
     def _go_on(
         self,
